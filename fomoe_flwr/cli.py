@@ -1,0 +1,162 @@
+"""The `fomoe` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fomoe_flwr import __version__
+from fomoe_flwr.config import Settings, SettingsError, load_settings
+
+_EXAMPLES = """examples:
+  fomoe run preset=tiny
+  fomoe run engine=flower
+  fomoe run experiment=diloco rounds=4
+  fomoe run layout.num_workers=8 layout.overlap=2 layout.kind=random model.routing=partitioned
+  fomoe run data.path=/data/texts data.partition=by_domain
+  fomoe run resume=outputs/20261123-120000-fomoe-demo
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status (0 done, 1 failed, 2 refused)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (SettingsError, *_late_errors()) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _late_errors() -> tuple[type[Exception], ...]:
+    """Errors of modules that a quick command never loads."""
+    found: list[type[Exception]] = []
+    for module, name in (
+        ("fomoe_flwr.data", "DataError"),
+        ("fomoe_flwr.checkpoint", "CheckpointError"),
+        ("fomoe_flwr.federation.strategy", "FederationError"),
+    ):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fomoe", description="Federated pre-training of MoE language models."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="train: settings are Hydra overrides, see conf/",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    run.set_defaults(run=_run)
+    cost = commands.add_parser("costs", help="what a run would cost, without running it")
+    cost.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    cost.add_argument("--json", action="store_true", help="one JSON object")
+    cost.set_defaults(run=_costs)
+    score = commands.add_parser("evaluate", help="score a run's newest checkpoint")
+    score.add_argument("folder", type=Path, metavar="RUN")
+    score.add_argument("--split", choices=("validation", "test"), default="validation")
+    score.add_argument("--max-tokens", type=int, default=None, help="default: eval.max_tokens")
+    score.set_defaults(run=_evaluate)
+    sample = commands.add_parser("sample", help="continue a prompt with a run's newest checkpoint")
+    sample.add_argument("folder", type=Path, metavar="RUN")
+    sample.add_argument("--prompt", default="The ")
+    sample.add_argument("--tokens", type=int, default=100)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.set_defaults(run=_sample)
+    export = commands.add_parser("export", help="write a transformers checkpoint")
+    export.add_argument("folder", type=Path, metavar="RUN")
+    export.add_argument("--to", type=Path, default=None, help="default: RUN/export")
+    export.set_defaults(run=_export)
+    view = commands.add_parser("report", help="print a run's table and draw its plots again")
+    view.add_argument("folder", type=Path, metavar="RUN")
+    view.set_defaults(run=_report)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    settings = _absolute(load_settings(options.overrides))
+    from fomoe_flwr.preflight import preflight
+
+    preflight(settings)
+    if settings.engine == "flower":
+        from fomoe_flwr.federation.launch import run_with_flower
+
+        done = run_with_flower(settings, options.overrides)
+    else:
+        from fomoe_flwr.federation.in_process import run_in_process
+
+        done = run_in_process(settings)
+    if not done:
+        print(f"error: the run failed, see {settings.output_dir}", file=sys.stderr)
+    return 0 if done else 1
+
+
+def _absolute(settings: Settings) -> Settings:
+    """Name the output directory, from the working directory of this command."""
+    from fomoe_flwr.run_directory import default_output_dir
+
+    chosen = Path(settings.output_dir) if settings.output_dir else None
+    path = chosen or default_output_dir(settings, Path("outputs"))
+    settings.output_dir = str(path.expanduser().resolve())
+    return settings
+
+
+def _costs(options: argparse.Namespace) -> int:
+    from fomoe_flwr import costs
+
+    summary = costs.summary(load_settings(options.overrides))
+    if options.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        for key, value in summary.items():
+            print(f"{key:<28}{value:>20,.4g}" if isinstance(value, float) else f"{key:<28}{value:>20}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from fomoe_flwr.stored_run import StoredRun
+
+    result = StoredRun(options.folder).evaluate(options.split, options.max_tokens)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from fomoe_flwr.stored_run import StoredRun
+
+    print(StoredRun(options.folder).sample(options.prompt, options.tokens, options.seed))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fomoe_flwr.stored_run import StoredRun
+
+    print(StoredRun(options.folder).export(options.to))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from fomoe_flwr import report
+    from fomoe_flwr.stored_run import StoredRun
+
+    stored = StoredRun(options.folder)
+    report.draw_plots(stored.run, stored.settings)
+    report.print_end(stored.run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Text in, batches of tokens out: corpus, tokenizer, packed blocks, partitions and batches.
+
+Only `batches` imports torch; nothing here imports Flower.
+"""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one line: value, what is needed, key to change."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a foreign error, for messages of our own must be one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,172 @@
+"""The corpus: documents with a domain, from inside the package or from the user's files."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fomoe_flwr.config import DataSettings
+from fomoe_flwr.data import DataError, first_line
+from fomoe_flwr.data.text_files import (
+    TextFile,
+    cut_text,
+    list_files,
+    read_json,
+    read_parquet,
+    read_text,
+)
+
+Split = Literal["train", "validation", "test"]
+HELDOUT_SPLITS: tuple[Split, ...] = ("test", "validation")
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+# Part of the fingerprint: raise it whenever the same files give other documents.
+READER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and the domain it belongs to."""
+
+    text: str
+    domain: str
+
+
+def embedded_corpus_path() -> Path:
+    """Return the path of the Parquet file that ships with the package."""
+    beside = Path(__file__).with_name("corpus.parquet")
+    if beside.is_file():
+        return beside
+    # Flower unpacks the app bundle elsewhere and leaves .parquet files out of it, so this module
+    # may run from a copy without its corpus; the installed package is then still on sys.path.
+    for entry in sys.path:
+        candidate = Path(entry) / "fomoe_flwr" / "data" / "corpus.parquet"
+        if candidate.is_file():
+            return candidate.resolve()
+    raise DataError(
+        f"the embedded corpus is not at {beside} nor below any sys.path entry; "
+        "reinstall the package (pip install .) or set data.path to your own text"
+    )
+
+
+def read_documents(data: DataSettings, split: Split) -> list[Document]:
+    """Return the documents of one split, in a fixed order.
+
+    Reads the embedded corpus, or `data.path`. Where the files name no splits themselves, test and
+    validation take `data.holdout_fraction` of the documents each (at least one), chosen by the
+    sha256 of the text, so equal texts never lie on both sides.
+    Raises DataError if the data cannot be read or the split has no document.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    _refuse_stream(data)
+    if not data.path:
+        return _read_embedded(split)
+    files = list_files(data.path)
+    named = {file.split for file in files}
+    if split in named:
+        documents = _read_files([file for file in files if file.split == split], data)
+        if not documents:
+            raise DataError(f"data.path={data.path!r}: the {split} split has no text in it")
+        return documents
+    missing = [held for held in HELDOUT_SPLITS if held not in named]
+    rest = [file for file in files if file.split in ("", "train")]
+    documents = _read_files(rest, data, cut=True)
+    return _hold_out(documents, missing, split, data)
+
+
+def fingerprint(data: DataSettings) -> str:
+    """Return the sha256 hex digest of the content and of every setting that shapes documents.
+
+    Two calls agree exactly if `read_documents` gives the same; absolute paths and times of files
+    play no part.
+    """
+    digest = hashlib.sha256(f"reader {READER_VERSION}".encode())
+    _refuse_stream(data)
+    if data.path:
+        files = list_files(data.path)
+        digest.update(f"{data.text_key}\0{data.domain_key}\0{data.holdout_fraction!r}".encode())
+        parts = [(file.path, f"{file.split}/{file.domain}/{file.path.suffix}") for file in files]
+    else:
+        parts = [(embedded_corpus_path(), "embedded")]
+    for path, role in parts:
+        try:
+            with open(path, "rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; check data.path") from None
+        digest.update(f"\0{role}\0{content}".encode())
+    return digest.hexdigest()
+
+
+def _refuse_stream(data: DataSettings) -> None:
+    if data.dataset:
+        raise DataError(
+            f"data.dataset={data.dataset!r} is read as a stream; "
+            "clear data.dataset to read files from data.path"
+        )
+
+
+def _read_embedded(split: Split) -> list[Document]:
+    path = embedded_corpus_path()
+    try:
+        rows = pq.read_table(path).to_pylist()
+        documents = [Document(row["text"], row["domain"]) for row in rows if row["split"] == split]
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise DataError(
+            f"the embedded corpus {path} is damaged ({first_line(error)}); reinstall the package"
+        ) from None
+    if not documents:
+        raise DataError(f"the embedded corpus {path} has no {split} split; reinstall the package")
+    return documents
+
+
+def _read_files(files: Sequence[TextFile], data: DataSettings, cut: bool = False) -> list[Document]:
+    documents: list[Document] = []
+    for file in files:
+        for text, domain in _read_file(file, data, cut, alone=len(files) == 1):
+            if text.strip():
+                documents.append(Document(text, domain or file.domain))
+    return documents
+
+
+def _read_file(
+    file: TextFile, data: DataSettings, cut: bool, alone: bool
+) -> Iterator[tuple[str, str]]:
+    if file.path.suffix == ".parquet":
+        yield from read_parquet(file.path, data.text_key, data.domain_key)
+    elif file.path.suffix in (".jsonl", ".json"):
+        yield from read_json(file.path, data.text_key, data.domain_key)
+    else:
+        text = read_text(file.path)
+        for piece in cut_text(text, alone=alone) if cut else [text]:
+            yield piece, ""
+
+
+def _hold_out(
+    documents: list[Document], missing: Sequence[Split], split: Split, data: DataSettings
+) -> list[Document]:
+    """Return the part of `documents` that makes `split`, where the `missing` ones are cut out."""
+    digests = [hashlib.sha256(document.text.encode()).hexdigest() for document in documents]
+    ranked = sorted(set(digests))
+    share = max(1, round(data.holdout_fraction * len(ranked)))
+    if len(ranked) <= share * len(missing):
+        raise DataError(
+            f"data.path={data.path!r} has {len(ranked)} different documents, {len(missing) + 1} "
+            f"are needed to make train and {' and '.join(missing)} splits; add text to data.path"
+        )
+    side: dict[str, Split] = {}
+    for place, held in enumerate(missing):
+        side.update(dict.fromkeys(ranked[place * share : (place + 1) * share], held))
+    return [
+        document
+        for document, digest in zip(documents, digests, strict=True)
+        if side.get(digest, "train") == split
+    ]

@@ -1,0 +1,142 @@
+"""From settings to what server and workers need: a tokenizer, held-out blocks, training batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from fomoe_flwr.config import DataSettings, LocalSettings, Settings
+from fomoe_flwr.data import DataError
+from fomoe_flwr.data.batches import Batches, BlockBatches, StreamBatches
+from fomoe_flwr.data.cache import cache_dir
+from fomoe_flwr.data.corpus import Split, fingerprint, read_documents
+from fomoe_flwr.data.partition import partition_blocks
+from fomoe_flwr.data.stream import heldout_documents, open_stream, row_text
+from fomoe_flwr.data.tokenizer import (
+    load_tokenizer,
+    tokenizer_from_json,
+    tokenizer_json,
+    train_tokenizer,
+)
+from fomoe_flwr.data.tokens import TokenBlocks, cached_blocks, pack
+from fomoe_flwr.files import save_text
+
+STREAM_HOLDOUT_DOCUMENTS = 1000
+"""Held-out documents that an evaluation on a stream reads."""
+STREAM_TOKENIZER_DOCUMENTS = 20_000
+"""Documents of a stream that a tokenizer is trained on when none is given."""
+
+
+def prepare_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
+    """Load `data.tokenizer`, or train one on the training text; the same text gives the same one.
+
+    Raises DataError when it has more tokens than `model.vocab_size`.
+    """
+    data, vocab_size = settings.data, settings.model.vocab_size
+    if data.tokenizer:
+        tokenizer = load_tokenizer(data.tokenizer)
+    else:
+        tokenizer = _trained_tokenizer(data, vocab_size)
+    if len(tokenizer) > vocab_size:
+        raise DataError(
+            f"data.tokenizer={data.tokenizer or 'trained'} has {len(tokenizer)} tokens, "
+            f"model.vocab_size={vocab_size} is too small: raise it to {len(tokenizer)} or more"
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"data.tokenizer={data.tokenizer} has no end-of-text token to pack with")
+    return tokenizer
+
+
+def evaluation_blocks(settings: Settings, json_text: str, split: Split = "validation") -> TokenBlocks:
+    """Return the packed held-out text that no worker trains on."""
+    data = settings.data
+    if data.dataset:
+        documents = heldout_documents(data, split, STREAM_HOLDOUT_DOCUMENTS)
+        return pack(documents, tokenizer_from_json(json_text), data.sequence_length)
+    return cached_blocks(data, split, json_text, cache_dir() / "tokens")
+
+
+def check_data(settings: Settings) -> None:
+    """Read what will be read, before anything starts. Raises DataError.
+
+    The number of blocks is known only after tokenising; every byte-level token is at least one
+    byte, so text with fewer bytes than a batch has tokens is refused here already.
+    """
+    data, local = settings.data, settings.local
+    if data.tokenizer:
+        load_tokenizer(data.tokenizer)
+    if data.dataset:
+        open_stream(data, 0, settings.layout.num_workers)
+        return
+    needed = settings.layout.num_workers * local.batch_size * data.sequence_length
+    found = sum(len(document.text.encode()) for document in read_documents(data, "train"))
+    if found < needed:
+        raise DataError(
+            f"too small corpus: {found} bytes of training text, layout.num_workers="
+            f"{settings.layout.num_workers} * local.batch_size={local.batch_size} * "
+            f"data.sequence_length={data.sequence_length} = {needed} tokens are one step; extend "
+            f"data.path={data.path or '(embedded corpus)'} or lower one of these"
+        )
+    read_documents(data, "validation")
+
+
+@dataclass(frozen=True)
+class NodeData:
+    """One worker's text: part `part` of `num_parts` equal claims on a source."""
+
+    data: DataSettings
+    local: LocalSettings
+    seed: int
+    worker: int
+    part: int
+    num_parts: int
+    tokenizer_json: str
+
+    def batches(self, position: int) -> Batches:
+        """Open the worker's batches at batch `position` of the run.
+
+        A stream cannot be entered in the middle; it begins at its start and goes on by cursor.
+        """
+        if self.data.dataset:
+            stream = open_stream(self.data, self.part, self.num_parts)
+            tokenizer = tokenizer_from_json(self.tokenizer_json)
+            return StreamBatches(stream, tokenizer, self.data, self.local.batch_size)
+        batches = BlockBatches(
+            *self._blocks(), self.local.batch_size, seed=self.seed, worker=self.worker
+        )
+        batches.restore({"position": position})
+        return batches
+
+    def check(self) -> None:
+        """Tokenise the text and see that it fills a batch. Raises DataError."""
+        self.batches(0)
+
+    def _blocks(self) -> tuple[TokenBlocks, np.ndarray]:
+        blocks = cached_blocks(self.data, "train", self.tokenizer_json, cache_dir() / "tokens")
+        if self.num_parts == 1:
+            return blocks, np.arange(blocks.num_blocks)
+        parts = partition_blocks(
+            blocks.domain_ids, self.num_parts, self.data.partition, self.seed
+        )
+        return blocks, parts[self.part]
+
+
+def _trained_tokenizer(data: DataSettings, vocab_size: int) -> PreTrainedTokenizerFast:
+    if data.dataset:
+        rows = islice(open_stream(data, 0, 1), STREAM_TOKENIZER_DOCUMENTS)
+        return train_tokenizer((row_text(row, data) for row in rows), vocab_size)
+    path = cache_dir() / "tokenizers" / f"{fingerprint(data)[:32]}-{vocab_size}.json"
+    if path.is_file():
+        try:
+            return load_tokenizer(path)
+        except DataError:
+            path.unlink(missing_ok=True)
+    texts = [document.text for document in read_documents(data, "train")]
+    tokenizer = train_tokenizer(texts, vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_text(tokenizer_json(tokenizer), path)
+    return tokenizer
+

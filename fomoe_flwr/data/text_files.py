@@ -1,0 +1,204 @@
+"""The user's files: which there are, what split and domain they are, and what text they hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fomoe_flwr.data import DataError, first_line
+
+SUFFIXES = (".txt", ".parquet", ".jsonl", ".json")
+PIECE_CHARS = 8_000
+# A lone short file still has to give all three splits, so its pieces may be as short as this.
+SHORTEST_PIECE_CHARS = 1_000
+PIECES_OF_LONE_FILE = 16
+
+SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+# "train", "train-00000-of-00002" and "train_3" name a split; "test_results" does not.
+SPLIT_STEM = re.compile(r"(train|validation|valid|val|test)([-_.]?\d+([-_]of[-_]\d+)?)?")
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file of the corpus; `split` is empty where nothing names one."""
+
+    path: Path
+    split: str
+    domain: str
+
+
+def list_files(path: str) -> list[TextFile]:
+    """Return the files that `data.path` stands for, sorted by their path inside the folder.
+
+    Where a file or sub-folder is named train, files that belong to no split are left out; where
+    only held-out splits are named, the other files are the train split (with `split` empty).
+    Raises DataError if the path does not exist or holds no file of a known kind.
+    """
+    root = Path(path).expanduser()
+    kinds = " ".join(SUFFIXES)
+    try:
+        if root.is_file():
+            if root.suffix not in SUFFIXES:
+                raise DataError(f"data.path={path!r} must end in one of {kinds}; set data.path")
+            return [TextFile(root, "", root.stem)]
+        if not root.is_dir():
+            raise DataError(f"data.path={path!r} does not exist; set it to a file or a folder")
+        relative = [
+            found.relative_to(root)
+            for found in root.rglob("*")
+            if found.suffix in SUFFIXES and found.is_file()
+        ]
+    except OSError as error:
+        raise DataError(f"data.path={path!r} cannot be read: {error.strerror}") from None
+    visible = [name for name in relative if not any(p.startswith(".") for p in name.parts)]
+    if not visible:
+        raise DataError(f"data.path={path!r} holds no file that ends in one of {kinds}")
+    files = [
+        TextFile(root / name, _split_of(name), _domain_of(name, root))
+        for name in sorted(visible, key=lambda name: name.as_posix())
+    ]
+    if any(file.split == "train" for file in files):
+        return [file for file in files if file.split]
+    return files
+
+
+def _split_of(relative: Path) -> str:
+    for folder in relative.parts[:-1]:
+        if folder in SPLIT_NAMES:
+            return SPLIT_NAMES[folder]
+    match = SPLIT_STEM.fullmatch(relative.stem)
+    return SPLIT_NAMES[match[1]] if match else ""
+
+
+def _domain_of(relative: Path, root: Path) -> str:
+    for folder in relative.parts[:-1]:
+        if folder not in SPLIT_NAMES:
+            return folder
+    if SPLIT_STEM.fullmatch(relative.stem):
+        return root.resolve().name
+    return relative.stem
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file; raise DataError if it is none or cannot be read."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start}); convert it or take it out of data.path"
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check data.path") from None
+
+
+def read_parquet(path: Path, text_key: str, domain_key: str) -> Iterator[tuple[str, str]]:
+    """Yield (text, domain) of each row; the domain is empty where the file names none."""
+    try:
+        # ParquetFile and not read_table: the latter would take a folder name like train=1 as data.
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _need_key(path, text_key, names)
+            columns = [text_key] + [domain_key] * (domain_key in names and domain_key != text_key)
+            table = file.read(columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"cannot read {path} as Parquet ({first_line(error)}); check data.path"
+        ) from None
+    for row in table.to_pylist():
+        yield _text_and_domain(path, row, text_key, domain_key)
+
+
+def read_json(path: Path, text_key: str, domain_key: str) -> Iterator[tuple[str, str]]:
+    """Yield (text, domain) of each object: one a line, or a .json file that is one list."""
+    content = read_text(path)
+    for place, row in _json_rows(path, content):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path} {place} is no JSON object with the key {text_key!r}; check data.path"
+            )
+        _need_key(path, text_key, list(row), f" {place}")
+        yield _text_and_domain(path, row, text_key, domain_key)
+
+
+def _json_rows(path: Path, content: str) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".json":
+        try:
+            whole = json.loads(content)
+        except (json.JSONDecodeError, RecursionError):
+            pass  # Many .json files hold one object a line: read them so.
+        else:
+            rows = whole if isinstance(whole, list) else [whole]
+            yield from ((f"item {number}", row) for number, row in enumerate(rows, 1))
+            return
+    # Not splitlines(): that also cuts at the Unicode line separators JSON strings may hold.
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(
+                    f"{path} line {number} is not JSON ({first_line(error)}); check data.path"
+                ) from None
+
+
+def _need_key(path: Path, text_key: str, names: list[str], place: str = "") -> None:
+    if text_key not in names:
+        known = ", ".join(map(str, names[:12])) or "none"
+        raise DataError(
+            f"{path}{place} has no column {text_key!r} (columns: {known}); set data.text_key"
+        )
+
+
+def _text_and_domain(
+    path: Path, row: dict[str, Any], text_key: str, domain_key: str
+) -> tuple[str, str]:
+    text, domain = row[text_key], row.get(domain_key)
+    if not isinstance(text, str | None):
+        raise DataError(
+            f"{path}: column {text_key!r} holds {type(text).__name__}, text is needed; "
+            "set data.text_key"
+        )
+    # A JSON escape can smuggle in half a surrogate pair, which no UTF-8 text has.
+    text = (text or "").encode("utf-8", "replace").decode("utf-8")
+    return text, "" if domain is None else str(domain)
+
+
+def cut_text(text: str, alone: bool = False) -> list[str]:
+    """Return the text in pieces of about 8,000 characters, cut at paragraphs, lines or blanks.
+
+    A file that is `alone` is cut shorter if need be, to 16 pieces of at least 1,000 characters,
+    so that a short file can be split too. The pieces joined are the text.
+    """
+    size = PIECE_CHARS
+    if alone:
+        size = min(size, max(SHORTEST_PIECE_CHARS, len(text) // PIECES_OF_LONE_FILE))
+    pieces: list[str] = []
+    start = 0
+    while len(text) - start > size + size // 2:
+        end = _cut_at(text, start + size // 2, start + size)
+        pieces.append(text[start:end])
+        start = end
+    if start < len(text):
+        pieces.append(text[start:])
+    return pieces
+
+
+def _cut_at(text: str, lowest: int, highest: int) -> int:
+    for mark in ("\n\n", "\n", " "):
+        found = text.rfind(mark, lowest, highest)
+        if found >= 0:
+            return found + len(mark)
+    return highest

@@ -1,0 +1,108 @@
+"""Evaluation of the assembled global model on held-out text: all experts, nothing skipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fomoe_flwr.data.tokens import TokenBlocks
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Loss on held-out windows; every token of a window is predicted once."""
+
+    loss: float
+    """Mean cross entropy, nats per token."""
+    bits_per_byte: float
+    """Total bits over the UTF-8 bytes of the predicted tokens: comparable between vocabularies."""
+    tokens: int
+    domain_bits_per_byte: Mapping[str, float]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    model: PreTrainedModel,
+    blocks: TokenBlocks,
+    indices: np.ndarray,
+    byte_lengths: np.ndarray,
+    batch_size: int,
+) -> EvalReport:
+    """Score the blocks `indices`; byte_lengths[v] is the number of bytes token v stands for."""
+    device = next(model.parameters()).device
+    lengths = torch.from_numpy(byte_lengths)
+    nats = torch.zeros(len(blocks.domains), dtype=torch.float64)
+    size = torch.zeros(len(blocks.domains), dtype=torch.float64)
+    tokens = 0
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(indices), batch_size):
+            chosen = indices[start : start + batch_size]
+            windows = torch.from_numpy(blocks.window(chosen))
+            logits = model(input_ids=windows[:, :-1].to(device), use_cache=False).logits
+            targets = windows[:, 1:]
+            loss = F.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none"
+            )
+            domains = torch.from_numpy(blocks.domain_ids[chosen].astype(np.int64))
+            nats.index_add_(0, domains, loss.view_as(targets).sum(1).double().cpu())
+            size.index_add_(0, domains, lengths[targets].sum(1).double())
+            tokens += targets.numel()
+    model.train(was_training)
+    return EvalReport(
+        loss=float(nats.sum()) / tokens,
+        bits_per_byte=float(nats.sum()) / math.log(2) / float(size.sum()),
+        tokens=tokens,
+        domain_bits_per_byte={
+            name: float(nats[i]) / math.log(2) / float(size[i])
+            for i, name in enumerate(blocks.domains)
+            if size[i] > 0
+        },
+    )
+
+
+def unigram_entropy(blocks: TokenBlocks, indices: np.ndarray, vocab_size: int) -> float:
+    """Return the entropy of the windows' own token frequencies, nats per token.
+
+    No model that ignores context can score below it on these windows.
+    """
+    counts = np.bincount(blocks.window(indices)[:, 1:].ravel(), minlength=vocab_size)
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def sample_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    max_tokens: int,
+    seed: int,
+    temperature: float = 0.8,
+) -> str:
+    """Continue a prompt by at most `max_tokens` sampled tokens; deterministic in the seed."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(seed)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=True,
+            temperature=temperature,
+            top_k=50,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    model.train(was_training)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,0 +1,43 @@
+"""Export: the global model as an ordinary transformers checkpoint with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fomoe_flwr.config import Settings
+from fomoe_flwr.files import replace_folder
+from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.residency import build_model
+from fomoe_flwr.model.state import load_state
+
+
+def assemble(
+    settings: Settings,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+) -> PreTrainedModel:
+    """Build the full model from global weights."""
+    config = transformers_config(
+        settings.model,
+        settings.data.sequence_length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = build_model(settings.model, config, empty=True)
+    load_state(model, weights)
+    model.eval()
+    return model
+
+
+def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Write `model` and `tokenizer` so that stock `from_pretrained` reads both; atomic."""
+
+    def fill(draft: Path) -> None:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+
+    replace_folder(path, fill)

@@ -1,0 +1,35 @@
+"""The two Flower apps; `server_app.py` and `client_app.py` at the top hand them to Flower."""
+
+from __future__ import annotations
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fomoe_flwr.federation.client import answer_query, answer_task
+from fomoe_flwr.federation.run_config import settings_of
+from fomoe_flwr.federation.server import Server
+from fomoe_flwr.preflight import preflight
+
+server_app = ServerApp()
+client_app = ClientApp()
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run config -> settings -> checks -> server."""
+    settings = settings_of(context.run_config)
+    preflight(settings)
+    Server(settings).serve(grid)
+
+
+@client_app.query()
+def query(message: Message, context: Context) -> Message:
+    """Get ready for a run and say which worker this node plays."""
+    return Message(answer_query(message.content, context), reply_to=message)
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round."""
+    return Message(answer_task(message.content, context), reply_to=message)

@@ -1,0 +1,148 @@
+"""The worker's side of the protocol: what a node does with a query and with a task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+
+from fomoe_flwr import __version__
+from fomoe_flwr.config import DataSettings, Settings, settings_from_dict
+from fomoe_flwr.data.cache import cache_dir
+from fomoe_flwr.data.source import NodeData
+from fomoe_flwr.data.tokenizer import tokenizer_digest
+from fomoe_flwr.federation import wire
+from fomoe_flwr.federation.wire import TaskHeader, WireError
+from fomoe_flwr.files import save_text
+from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.worker import RoundResult, RoundTask, run_round
+
+
+def answer_query(content: RecordDict, context: Context) -> RecordDict:
+    """Get ready for a run: keep its tokenizer, tokenise the node's text, name the worker played."""
+    setup = wire.json_in(content, wire.SETUP)
+    if setup.get("version") != __version__:
+        raise WireError(
+            f"the server runs fomoe-flwr {setup.get('version')}, this node {__version__}: "
+            "install the same version"
+        )
+    settings = settings_from_dict(setup["settings"])
+    _check_spec(settings, str(setup.get("spec_digest")))
+    text = str(setup["tokenizer"])
+    path = _tokenizer_path(tokenizer_digest(text))
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_text(text, path)
+    worker = int(context.node_config.get("partition-id", -1))
+    if 0 <= worker < settings.layout.num_workers:
+        data = _node_data(settings, worker, text, context)
+        data.check()
+    return RecordDict({wire.SETUP: wire.json_record({"worker": worker})})
+
+
+def answer_task(content: RecordDict, context: Context) -> RecordDict:
+    """Train one round and return the pseudo-gradient with its metrics."""
+    header = TaskHeader.read(content)
+    settings = settings_from_dict(header.settings)
+    spec = _check_spec(settings, header.spec_digest)
+    shared, experts = wire.vectors_in(
+        content,
+        wire.WEIGHTS,
+        settings.wire.down,
+        (spec.shared_size, spec.experts_size(header.residents)),
+    )
+    text = _tokenizer_text(header.tokenizer_digest)
+    data = _node_data(settings, header.worker, text, context)
+    task = RoundTask(
+        settings=settings,
+        spec=spec,
+        worker=header.worker,
+        server_round=header.server_round,
+        residents=header.residents,
+        shared=shared,
+        experts=experts,
+        state_dir=_state_dir(context, header),
+        keep_rounds=header.keep_rounds,
+    )
+    return _reply(header, settings, run_round(task, data.batches))
+
+
+def _reply(header: TaskHeader, settings: Settings, result: RoundResult) -> RecordDict:
+    report = result.report
+    metrics = {
+        "loss": report.loss,
+        "last_loss": report.last_loss,
+        "balance_loss": report.balance_loss,
+        "grad_norm": report.grad_norm,
+        "lr": report.lr,
+        "tokens": report.tokens,
+        "seconds": report.seconds,
+        "ghost_fraction": report.routing.ghost_fraction,
+        "all_ghost_fraction": report.routing.all_ghost_fraction,
+        "fresh_state": int(result.inner_state_fresh),
+        "fresh_experts": result.num_fresh_experts,
+    }
+    answered = {
+        "server_round": header.server_round,
+        "worker": header.worker,
+        "layout_digest": header.layout_digest,
+    }
+    up = settings.wire.up
+    return RecordDict(
+        {
+            wire.PSEUDO_GRADIENT: wire.arrays_of(
+                wire.encode(result.shared, up), wire.encode(result.experts, up)
+            ),
+            wire.METRICS: wire.metrics_record(metrics),
+            wire.TASK: wire.json_record(answered),
+        }
+    )
+
+
+def _check_spec(settings: Settings, digest: str) -> StateSpec:
+    config = transformers_config(settings.model, settings.data.sequence_length)
+    spec = StateSpec.of(settings.model, config)
+    if spec.digest() != digest:
+        raise WireError(
+            f"this node builds model {settings.model.name} with state spec {spec.digest()}, the "
+            f"server with {digest}: install the same versions of fomoe-flwr and transformers"
+        )
+    return spec
+
+
+def _node_data(settings: Settings, worker: int, text: str, context: Context) -> NodeData:
+    """Open the node's text: its own where the operator names some, else its part of the run's."""
+    own = context.node_config.get("data-path")
+    data: DataSettings = settings.data
+    num_parts, part = settings.layout.num_workers, worker
+    if own:
+        fields: Mapping[str, Any] = {**vars(data), "path": str(own), "dataset": ""}
+        data, num_parts, part = DataSettings(**fields), 1, 0
+    return NodeData(data, settings.local, settings.seed, worker, part, num_parts, text)
+
+
+def _tokenizer_path(digest: str) -> Path:
+    return cache_dir() / "tokenizers" / f"{digest}.json"
+
+
+def _tokenizer_text(digest: str) -> str:
+    # The digest comes from the network and becomes a file name.
+    if not re.fullmatch(r"[0-9a-f]{16,64}", digest):
+        raise WireError(f"tokenizer digest {digest!r} is not a hex digest")
+    try:
+        return _tokenizer_path(digest).read_text(encoding="utf-8")
+    except OSError as error:
+        raise WireError(f"this node has no tokenizer {digest[:12]}: it must be queried") from error
+
+
+def _state_dir(context: Context, header: TaskHeader) -> Path:
+    """Return this worker's own folder: the operator's choice, the run's, or the user's cache."""
+    if not re.fullmatch(r"[0-9a-f]{8,64}", header.run_key):
+        raise WireError(f"run key {header.run_key!r} is not a hex key")
+    chosen = context.node_config.get("state-dir") or context.run_config.get("state-dir")
+    root = Path(str(chosen)) if chosen else cache_dir() / "state"
+    return root / header.run_key / f"worker-{header.worker:03d}"

@@ -1,0 +1,259 @@
+"""The server's side of a run: from checked settings to a finished run directory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from flwr.app import MetricRecord
+from flwr.serverapp import Grid
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fomoe_flwr import costs, report
+from fomoe_flwr.checkpoint import Checkpoint, CheckpointError, load_latest, save_checkpoint, stored_rounds
+from fomoe_flwr.config import Settings
+from fomoe_flwr.data.source import evaluation_blocks, prepare_tokenizer
+from fomoe_flwr.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_digest, tokenizer_json
+from fomoe_flwr.data.tokens import heldout_windows
+from fomoe_flwr.data.tokens import TokenBlocks
+from fomoe_flwr.evaluation import EvalReport, evaluate, sample_text, unigram_entropy
+from fomoe_flwr.export import assemble, export_model
+from fomoe_flwr.federation.strategy import FoMoEStrategy, RoundRecord, RunIdentity
+from fomoe_flwr.files import save_text
+from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.residency import build_model
+from fomoe_flwr.model.state import StateSpec, state_of
+from fomoe_flwr.outer import OuterStep
+from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.tracking import Tracker
+
+
+@dataclass
+class _Evaluator:
+    """Held-out windows, fixed for the run."""
+
+    blocks: TokenBlocks
+    indices: np.ndarray
+    byte_lengths: np.ndarray
+    batch_size: int
+
+    def __call__(self, model: PreTrainedModel) -> EvalReport:
+        return evaluate(model, self.blocks, self.indices, self.byte_lengths, self.batch_size)
+
+
+class Server:
+    """One run on the server: owns the global model and the run directory."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.run = RunDirectory(Path(settings.output_dir))
+        self.tokenizer: PreTrainedTokenizerFast = (
+            load_tokenizer(self.run.tokenizer) if settings.resume else prepare_tokenizer(settings)
+        )
+        json_text = tokenizer_json(self.tokenizer)
+        config = transformers_config(settings.model, settings.data.sequence_length)
+        self.spec = StateSpec.of(settings.model, config)
+        self.model = build_model(settings.model, config, seed=settings.seed)
+        self.state: Mapping[str, Tensor] = state_of(self.model)
+        self.outer = OuterStep(settings.outer)
+        blocks = evaluation_blocks(settings, json_text)
+        self.evaluator = _Evaluator(
+            blocks,
+            heldout_windows(blocks, settings.eval.max_tokens),
+            token_byte_lengths(self.tokenizer, settings.model.vocab_size),
+            settings.eval.batch_size,
+        )
+        self.totals: dict[str, Any] = {"comm/bytes_up": 0, "comm/bytes_down": 0, "tokens": 0}
+        self.rounds_done = 0
+        self.run_key = uuid4().hex
+        if settings.resume:
+            self._resume()
+        else:
+            settings.save(self.run.config)
+            self.tokenizer.save_pretrained(self.run.tokenizer)
+        self.identity = RunIdentity(self.run_key, json_text, tokenizer_digest(json_text))
+        self.tracker = Tracker(self.run)
+        self._round_started = time.monotonic()
+
+    def serve(self, grid: Grid) -> None:
+        """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
+        strategy = FoMoEStrategy(
+            self.settings,
+            self.spec,
+            self.state,
+            self.outer,
+            self.identity,
+            self._close_round,
+            first_round=self.rounds_done + 1,
+            keep_rounds=lambda: stored_rounds(self.run.checkpoints),
+        )
+        try:
+            report.print_start(self.settings, self.run, strategy.layout(self.rounds_done + 1))
+            self._write_summary("running")
+            if self.rounds_done == 0:
+                self._evaluate_start()
+            self._round_started = time.monotonic()
+            strategy.start(grid)
+            self._finish()
+        except BaseException as error:
+            self._write_summary("failed", {"error": f"{type(error).__name__}: {error}"})
+            raise
+        finally:
+            self.tracker.close()
+            print(f"run directory: {self.run.path}", flush=True)
+
+    def _evaluate_start(self) -> None:
+        """Measure the untrained model and what a model without context could reach at best."""
+        before = self.evaluator(self.model)
+        entropy = unigram_entropy(
+            self.evaluator.blocks, self.evaluator.indices, self.settings.model.vocab_size
+        )
+        self.totals["eval/loss_untrained"] = before.loss
+        self.totals["eval/unigram_entropy"] = entropy
+        report.print_before(before, entropy)
+
+    def _close_round(self, record: RoundRecord) -> MetricRecord | None:
+        """Evaluate, save and write down a round that the strategy has finished."""
+        settings, server_round = self.settings, record.server_round
+        is_last = server_round == settings.rounds
+        row = _row(record)
+        if server_round % settings.eval.every == 0 or is_last:
+            started = time.monotonic()
+            row |= _eval_row(self.evaluator(self.model))
+            row["round/eval_seconds"] = time.monotonic() - started
+            self._sample(server_round)
+        self.rounds_done = server_round
+        for key in ("comm/bytes_up", "comm/bytes_down"):
+            self.totals[key] += row[key]
+        self.totals["tokens"] += row["train/tokens"]
+        started = time.monotonic()
+        if server_round % settings.checkpoint.every == 0 or is_last:
+            self._save()
+        row["round/checkpoint_seconds"] = time.monotonic() - started
+        row["round/seconds"] = time.monotonic() - self._round_started
+        self._round_started = time.monotonic()
+        row["tokens"] = self.totals["tokens"]
+        self.run.add_layout(server_round, record.layout.residents)
+        self.tracker.log(row)
+        self._write_summary("running")
+        report.print_round(row, settings.rounds)
+        return MetricRecord({k: v for k, v in row.items() if isinstance(v, int | float)})
+
+    def _sample(self, server_round: int) -> None:
+        if self.settings.eval.sample_tokens:
+            text = sample_text(
+                self.model,
+                self.tokenizer,
+                self.settings.eval.sample_prompt,
+                self.settings.eval.sample_tokens,
+                self.settings.seed,
+            )
+            self.run.samples.mkdir(exist_ok=True)
+            save_text(text + "\n", self.run.samples / f"round-{server_round:06d}.txt")
+
+    def _save(self) -> None:
+        state = {
+            "run_key": self.run_key,
+            "spec_digest": self.spec.digest(),
+            "totals": self.totals,
+        }
+        checkpoint = Checkpoint(self.rounds_done, self.state, self.outer.tensors(), state)
+        self.run.checkpoints.mkdir(exist_ok=True)
+        save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep)
+
+    def _resume(self) -> None:
+        checkpoint = load_latest(self.run.checkpoints)
+        if checkpoint.state["spec_digest"] != self.spec.digest():
+            raise CheckpointError(
+                f"checkpoint of round {checkpoint.server_round} in {self.run.path} belongs to "
+                "another model shape or routing mode"
+            )
+        with torch.no_grad():
+            for key, value in self.state.items():
+                value.copy_(checkpoint.weights[key])
+        self.outer.restore(checkpoint.outer)
+        self.rounds_done = checkpoint.server_round
+        self.totals = dict(checkpoint.state["totals"])
+        self.run_key = str(checkpoint.state["run_key"])
+        self.run.forget_rounds_after(self.rounds_done)
+
+    def _finish(self) -> None:
+        exported = assemble(self.settings, self.state, self.tokenizer)
+        export_model(exported, self.tokenizer, self.run.export)
+        report.draw_plots(self.run, self.settings)
+        self._write_summary("completed")
+        report.print_end(self.run)
+
+    def _write_summary(self, status: str, extra: Mapping[str, Any] | None = None) -> None:
+        rows = [row for row in self.run.read_metrics() if "eval/loss" in row]
+        first = self.totals.get("eval/loss_untrained")
+        predicted = costs.summary(self.settings)
+        self.run.write_summary(
+            {
+                "status": status,
+                "rounds_done": self.rounds_done,
+                "rounds": self.settings.rounds,
+                "eval/loss": {
+                    "untrained": first,
+                    "first": rows[0]["eval/loss"] if rows else None,
+                    "last": rows[-1]["eval/loss"] if rows else None,
+                },
+                **self.totals,
+                **{k: v for k, v in predicted.items() if k.startswith(("params/", "ratio/"))},
+                **report.environment(),
+                **(extra or {}),
+            }
+        )
+
+
+def _row(record: RoundRecord) -> dict[str, Any]:
+    """Summarise a round: sums over workers, and means weighted by tokens."""
+    replies = list(record.replies.values())
+    tokens = sum(reply["tokens"] for reply in replies)
+
+    def mean(key: str) -> float:
+        return sum(reply.get(key, math.nan) * reply["tokens"] for reply in replies) / tokens
+
+    return {
+        "round": record.server_round,
+        "train/loss": mean("loss"),
+        "train/last_loss": mean("last_loss"),
+        "train/balance_loss": mean("balance_loss"),
+        "train/grad_norm": mean("grad_norm"),
+        "train/lr": mean("lr"),
+        "train/tokens": int(tokens),
+        "train/tokens_per_second": tokens / max(record.train_seconds, 1e-9),
+        "moe/ghost_fraction": mean("ghost_fraction"),
+        "moe/all_ghost_fraction": mean("all_ghost_fraction"),
+        "moe/fresh_experts": int(sum(reply.get("fresh_experts", 0) for reply in replies)),
+        "moe/missing_experts": record.missing_experts,
+        "comm/bytes_up": record.bytes_up,
+        "comm/bytes_down": record.bytes_down,
+        "round/workers_ok": len(record.replies),
+        "round/workers_failed": len(record.failures),
+        "round/failures": {str(w): reason for w, reason in sorted(record.failures.items())},
+        "round/fresh_inner_states": int(sum(reply.get("fresh_state", 0) for reply in replies)),
+        "round/send_seconds": record.send_seconds,
+        "round/train_seconds": record.train_seconds,
+        "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
+        "round/outer_seconds": record.outer_seconds,
+        "layout/digest": record.layout.digest(),
+    }
+
+
+def _eval_row(result: EvalReport) -> dict[str, Any]:
+    return {
+        "eval/loss": result.loss,
+        "eval/perplexity": result.perplexity,
+        "eval/bits_per_byte": result.bits_per_byte,
+        "eval/tokens": result.tokens,
+        **{f"eval/bits_per_byte/{k}": v for k, v in result.domain_bits_per_byte.items()},
+    }

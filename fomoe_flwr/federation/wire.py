@@ -1,0 +1,160 @@
+"""What travels: flat vectors as Flower arrays, and the records of each message.
+
+Arrays carry raw little-endian numbers under our own serialization type, never a pickle and never a
+NumPy header, so payload bytes are exactly elements times element size and the cost model can be
+held to them. Everything read from a peer is checked before use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+STYPE = "fomoe.flat"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+WEIGHTS, PSEUDO_GRADIENT, TASK, METRICS, SETUP = (
+    "weights",
+    "pseudo_gradient",
+    "task",
+    "metrics",
+    "setup",
+)
+VECTORS = ("shared", "experts")
+
+
+class WireError(ValueError):
+    """A message that does not say what the protocol needs; the text names the reason."""
+
+
+def encode(vector: Tensor, dtype: str) -> Array:
+    """Turn a flat fp32 vector into an array of the given wire type."""
+    wire = vector.detach().to(DTYPES[dtype]).contiguous()
+    data = wire.view(torch.uint8).numpy().tobytes() if wire.numel() else b""
+    return Array(dtype=dtype, shape=tuple(wire.shape), stype=STYPE, data=data)
+
+
+def decode(array: Array, dtype: str, size: int) -> Tensor:
+    """Turn an array back into a flat fp32 vector of `size` elements.
+
+    Raises WireError for another type, shape or length than agreed, and for non-finite numbers.
+    """
+    if array.stype != STYPE or array.dtype != dtype:
+        raise WireError(
+            f"array is {array.dtype}/{array.stype}, the run's settings need {dtype}/{STYPE}"
+        )
+    if tuple(array.shape) != (size,):
+        raise WireError(f"array has shape {list(array.shape)}, the layout needs [{size}]")
+    expected = size * DTYPES[dtype].itemsize
+    if len(array.data) != expected:
+        raise WireError(f"array has {len(array.data)} bytes, its shape needs {expected}")
+    if size == 0:
+        return torch.empty(0)
+    # bytearray: torch wants writable memory, and received bytes are not ours to write.
+    vector = torch.frombuffer(bytearray(array.data), dtype=DTYPES[dtype]).float()
+    if not bool(torch.isfinite(vector).all()):
+        raise WireError("array holds NaN or infinite numbers")
+    return vector
+
+
+def arrays_of(shared: Array, experts: Array) -> ArrayRecord:
+    """Bundle the two vectors; the same `shared` object may go to every node and is sent once."""
+    record = ArrayRecord()
+    record["shared"] = shared
+    record["experts"] = experts
+    return record
+
+
+def vectors_in(
+    content: RecordDict, name: str, dtype: str, sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Read the shared and the expert vector of a message. Raises WireError."""
+    record = content.array_records.get(name)
+    if record is None or sorted(record) != sorted(VECTORS):
+        found = sorted(record) if record is not None else sorted(content)
+        raise WireError(f"needs the arrays {', '.join(VECTORS)} in {name!r} (got {found})")
+    shared, experts = (
+        decode(record[key], dtype, size) for key, size in zip(VECTORS, sizes, strict=True)
+    )
+    return shared, experts
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Return the bytes of all arrays of a message: what the cost model predicts."""
+    return sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
+
+
+@dataclass(frozen=True)
+class TaskHeader:
+    """The words that go with the numbers, in both directions."""
+
+    settings: Mapping[str, Any]
+    spec_digest: str
+    tokenizer_digest: str
+    run_key: str
+    worker: int
+    server_round: int
+    layout_digest: str
+    residents: Sequence[Sequence[int]]
+    keep_rounds: Sequence[int]
+
+    def record(self) -> ConfigRecord:
+        """Pack into a record."""
+        return ConfigRecord({"json": json.dumps(self.__dict__)})
+
+    @classmethod
+    def read(cls, content: RecordDict) -> TaskHeader:
+        """Unpack and check types. Raises WireError."""
+        fields = json_in(content, TASK)
+        try:
+            header = cls(**fields)
+            residents = tuple(tuple(int(e) for e in layer) for layer in header.residents)
+            return cls(**{**fields, "residents": residents})
+        except (TypeError, ValueError) as error:
+            raise WireError(f"task header is malformed: {error}") from error
+
+
+def json_record(fields: Mapping[str, Any]) -> ConfigRecord:
+    """Pack JSON-able fields into a record."""
+    return ConfigRecord({"json": json.dumps(dict(fields))})
+
+
+def json_in(content: RecordDict, name: str) -> dict[str, Any]:
+    """Read a record written by `json_record`. Raises WireError."""
+    record = content.config_records.get(name)
+    text = record.get("json") if record is not None else None
+    if not isinstance(text, str):
+        raise WireError(f"needs the record {name!r} (got {sorted(content)})")
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise WireError(f"record {name!r} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise WireError(f"record {name!r} is not a JSON object")
+    return fields
+
+
+def metrics_in(content: RecordDict, required: Sequence[str]) -> dict[str, float]:
+    """Read finite scalar metrics. Raises WireError when one is missing or not finite."""
+    record = content.metric_records.get(METRICS)
+    if record is None:
+        raise WireError(f"needs the record {METRICS!r} (got {sorted(content)})")
+    metrics = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
+    for key in required:
+        value = metrics.get(key)
+        if value is None or value != value or value in (float("inf"), float("-inf")):
+            raise WireError(f"metric {key}={value} must be a finite number")
+    return metrics
+
+
+def metrics_record(metrics: Mapping[str, float]) -> MetricRecord:
+    """Pack scalar metrics into a record."""
+    return MetricRecord(dict(metrics))

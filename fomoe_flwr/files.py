@@ -1,0 +1,69 @@
+"""Files that are whole or absent: every write goes to a temporary name first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically and durably."""
+    _replace(path, lambda target: save_file(dict(tensors), target, metadata=dict(metadata)))
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text file atomically and durably."""
+    _replace(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def save_json(value: Any, path: Path) -> None:
+    """Write JSON atomically and durably."""
+    save_text(json.dumps(value, indent=2) + "\n", path)
+
+
+def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder under a temporary name, then give it its name; replaces an older one."""
+    draft = _draft_of(path)
+    draft.mkdir(parents=True)
+    try:
+        fill(draft)
+        for item in draft.rglob("*"):
+            if item.is_file():
+                _flush(item)
+        if path.exists():
+            shutil.rmtree(path)
+        draft.rename(path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    draft = _draft_of(path)
+    try:
+        write(draft)
+        _flush(draft)
+        os.replace(draft, path)
+        _flush(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid4().hex[:8]}.draft")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,155 @@
+"""The inner optimizer's state of one worker: kept on the worker's disk from round to round.
+
+Adam's moments of an expert belong to the expert, not to its place in a worker's stack: when the
+layout moves, kept experts keep their moments and new ones start fresh, with a learning-rate warm-up
+for those weights only (paper section 3.4).
+
+torch counts steps per parameter, and all residents of a layer are one parameter. So every row has
+an age of its own here, and `step` gives a row younger than its parameter the exact Adam bias
+correction of its own age (up to eps), and its warm-up.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fomoe_flwr.config import LocalSettings
+from fomoe_flwr.files import save_tensors
+from fomoe_flwr.model.residency import Residents
+from fomoe_flwr.routing import RoutingMode, is_expert_key, layer_of
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NEGLIGIBLE = 1e-6
+
+
+@dataclass
+class InnerState:
+    """Ages of residents, and the way in and out of a torch optimizer and a file."""
+
+    model: nn.Module
+    settings: LocalSettings
+    routing: RoutingMode
+    residents: Residents
+    is_fresh: bool = True
+    """True until a stored state was found."""
+    num_fresh_experts: int = 0
+    """(layer, expert) pairs that are new here since the stored state."""
+    cursor: dict[str, object] = field(default_factory=dict)
+    """Where the worker's data stream stands."""
+    _steps: int = 0
+    _ages: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self._ages:
+            self._ages = [torch.zeros(len(r), dtype=torch.long) for r in self.residents]
+
+    def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """Take one optimizer step; scale the update of experts younger than the worker."""
+        corrected = self._corrections()
+        before = {p: p.detach()[rows].clone() for p, rows, _ in corrected}
+        optimizer.step()
+        for parameter, rows, scale in corrected:
+            start = before[parameter]
+            moved = parameter.detach()[rows]
+            shape = (-1,) + (1,) * (parameter.dim() - 1)
+            with torch.no_grad():
+                parameter[rows] = start + (moved - start) * scale.to(moved).view(shape)
+        self._steps += 1
+        for ages in self._ages:
+            ages += 1
+
+    def _corrections(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+        """List (parameter, rows, factor) where a row's update differs from its parameter's."""
+        if self.settings.optimizer != "adamw" or all(
+            bool((ages == self._steps).all()) for ages in self._ages
+        ):
+            return []
+        found = []
+        for name, parameter in self.model.named_parameters():
+            if not is_expert_key(name, self.routing):
+                continue
+            ages = self._ages[layer_of(name)]
+            factor = self._bias(ages + 1) / self._bias(ages.max()[None] + 1)
+            warmup = self.settings.fresh_expert_warmup_steps
+            if warmup:
+                young = (ages < self._steps) & (ages < warmup)
+                factor = torch.where(young, factor * (ages + 1) / warmup, factor)
+            rows = ((factor - 1).abs() > _NEGLIGIBLE).nonzero().flatten()
+            if len(rows):
+                found.append((parameter, rows, factor[rows]))
+        return found
+
+    def _bias(self, steps: Tensor) -> Tensor:
+        """Return Adam's step-size factor sqrt(1 - beta2^t) / (1 - beta1^t)."""
+        t = steps.double()
+        return (1 - self.settings.beta2**t).sqrt() / (1 - self.settings.beta1**t)
+
+    def save(self, optimizer: torch.optim.Optimizer, path: Path) -> None:
+        """Write moments, ages and cursor to one safetensors file, atomically.
+
+        With `local.keep_inner_state=false` only the data cursor is kept.
+        """
+        tensors = {
+            f"{moment}/{name}": optimizer.state[p][moment].detach().cpu().contiguous()
+            for name, p in self.model.named_parameters()
+            for moment in _MOMENTS
+            if self.settings.keep_inner_state and moment in optimizer.state.get(p, {})
+        }
+        for layer, ages in enumerate(self._ages):
+            tensors[f"age/{layer}"] = ages
+            tensors[f"resident/{layer}"] = torch.tensor(self.residents[layer], dtype=torch.long)
+        meta = {"steps": str(self._steps), "cursor": json.dumps(self.cursor)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, path, meta)
+
+    def restore(self, optimizer: torch.optim.Optimizer, path: Path) -> None:
+        """Read a stored state into the optimizer; leave everything fresh if there is none.
+
+        Experts that were not resident when it was stored start with zero moments and age 0.
+        """
+        try:
+            with safe_open(path, framework="pt") as stored:
+                self._adopt(optimizer, stored)
+        except (OSError, SafetensorError):
+            return
+        self.is_fresh = not self.settings.keep_inner_state
+
+    def _adopt(self, optimizer: torch.optim.Optimizer, stored: safe_open) -> None:
+        meta = stored.metadata() or {}
+        self.cursor = json.loads(meta["cursor"])
+        if not self.settings.keep_inner_state:
+            return
+        self._steps = int(meta["steps"])
+        origin = []
+        for layer, residents in enumerate(self.residents):
+            place = {int(e): i for i, e in enumerate(stored.get_tensor(f"resident/{layer}"))}
+            source = torch.tensor([place.get(expert, -1) for expert in residents], dtype=torch.long)
+            known = source >= 0
+            ages = torch.zeros(len(residents), dtype=torch.long)
+            ages[known] = stored.get_tensor(f"age/{layer}")[source[known]]
+            self._ages[layer] = ages
+            self.num_fresh_experts += int((~known).sum())
+            origin.append(source)
+        if self.settings.optimizer != "adamw":
+            return
+        for name, parameter in self.model.named_parameters():
+            is_expert = is_expert_key(name, self.routing)
+            step = int(self._ages[layer_of(name)].max()) if is_expert else self._steps
+            state: dict[str, Tensor] = {
+                "step": torch.tensor(float(step), device=parameter.device)
+            }
+            for moment in _MOMENTS:
+                value = stored.get_tensor(f"{moment}/{name}")
+                if is_expert:
+                    source = origin[layer_of(name)]
+                    rows = torch.zeros_like(parameter, device="cpu")
+                    rows[source >= 0] = value[source[source >= 0]]
+                    value = rows
+                state[moment] = value.to(parameter.device)
+            optimizer.state[parameter] = state

@@ -1,0 +1,65 @@
+"""The experts computation that really skips ghosts, registered with transformers.
+
+Shape legend: T tokens, K chosen experts per token, R residents, D model width, F expert width,
+N resident assignments (N <= T * K).
+
+Rows that go to a ghost are dropped before the gather, so a ghost costs no copy, no matrix product
+and no activation memory; transformers' own expert-parallel path drops them inside the product only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface
+
+IMPLEMENTATION = "fomoe"
+"""Name under which `experts_implementation=` selects this computation."""
+
+
+def resident_experts(
+    x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, gate_up_RFD: Tensor, down_RDF: Tensor
+) -> Tensor:
+    """Sum the chosen residents' outputs, weighted by the gate.
+
+    slot_TK counts residents from 0; the value R marks a ghost, which adds nothing (paper
+    section 3.2). gate_up_RFD is [R, 2F, D] with the gate rows first. Returns [T, D].
+    """
+    num_residents, top_k = gate_up_RFD.shape[0], slot_TK.shape[-1]
+    slot_N, order_N = torch.sort(slot_TK.reshape(-1), stable=True)
+    ends_R = torch.searchsorted(
+        slot_N, torch.arange(num_residents, device=slot_N.device, dtype=slot_N.dtype), right=True
+    ).to(torch.int32)
+    num_rows = int(ends_R[-1]) if num_residents else 0
+    if num_rows == 0:
+        # Keeps the graph connected, so that backward gives zero gradients and not None.
+        nothing = (gate_up_RFD.sum() + down_RDF.sum() + weight_TK.sum()) * 0.0
+        return torch.zeros_like(x_TD) + nothing.to(x_TD.dtype) + x_TD * 0.0
+    order_N = order_N[:num_rows]
+    token_N = torch.div(order_N, top_k, rounding_mode="floor")
+    x_ND = x_TD.index_select(0, token_N)
+    gate_NF, up_NF = F.grouped_mm(x_ND, gate_up_RFD.transpose(-2, -1), offs=ends_R).chunk(2, -1)
+    y_ND = F.grouped_mm(F.silu(gate_NF) * up_NF, down_RDF.transpose(-2, -1), offs=ends_R)
+    y_ND = y_ND * weight_TK.reshape(-1).index_select(0, order_N)[:, None]
+    return torch.zeros_like(x_TD).index_add(0, token_N, y_ND.to(x_TD.dtype))
+
+
+def _forward(
+    module: nn.Module, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    slot_of_expert = getattr(module, "slot_of_expert", None)
+    slot_TK = top_k_index if slot_of_expert is None else slot_of_expert[top_k_index]
+    gate_up, down = module.gate_up_proj, module.down_proj
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device):
+        # grouped_mm is not autocast-aware: without these casts the experts would run in fp32.
+        dtype = torch.get_autocast_dtype(device)
+        x_TD, gate_up, down = x_TD.to(dtype), gate_up.to(dtype), down.to(dtype)
+    return resident_experts(x_TD, slot_TK, top_k_weights.to(x_TD.dtype), gate_up, down)
+
+
+def register() -> None:
+    """Make `experts_implementation="fomoe"` known to transformers; harmless when repeated."""
+    # Data-dependent sizes: a user's `model.compile()` must not trace into this.
+    ExpertsInterface.register(IMPLEMENTATION, torch.compiler.disable(_forward))

@@ -1,0 +1,102 @@
+"""Residency: turn a stock model class into one that holds only some experts.
+
+A ghost expert is never allocated: the model is built on the meta device, its expert parameters are
+cut to `[R, ...]` there, and only then does memory appear. Which parameters are cut is decided by
+`routing.is_expert_key` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.model.experts import IMPLEMENTATION, register
+from fomoe_flwr.model.families import model_class
+from fomoe_flwr.routing import RoutingMode, is_expert_key, layer_of
+
+Residents = Sequence[Sequence[int]]
+"""For every layer the sorted ids of the experts that are held."""
+
+
+def build_model(
+    model: ModelSettings,
+    config: PreTrainedConfig,
+    residents: Residents | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int | None = None,
+    empty: bool = False,
+) -> PreTrainedModel:
+    """Build a model that holds `residents` per layer (None = all experts).
+
+    The stock initialisation runs under `seed` (the caller's random state is left alone); with
+    `empty=True` parameters are left uninitialised, for a caller that overwrites all of them.
+    """
+    register()
+    with torch.device("meta"):
+        built = model_class(model.family)._from_config(config, experts_implementation=IMPLEMENTATION)
+    if residents is not None:
+        _cut(built, model, residents)
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        if torch.device(device).type != "meta":
+            built.to_empty(device=device)
+            _initialise(built, empty)
+    built.tie_weights()
+    if residents is not None and torch.device(device).type != "meta":
+        _fill_slots(built, residents)
+    return built
+
+
+def moe_blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """Yield (layer, block) for every layer that has a router `gate` and `experts`."""
+    for name, module in model.named_modules():
+        if hasattr(module, "gate") and hasattr(module, "experts"):
+            yield layer_of(f".{name}."), module
+
+
+def _cut(model: PreTrainedModel, settings: ModelSettings, residents: Residents) -> None:
+    """Replace, on meta, every per-expert parameter `[E, ...]` by one of `[R, ...]`."""
+    routing = settings.routing_mode
+    for name, parameter in list(model.named_parameters()):
+        if is_expert_key(name, routing):
+            owner_name, _, leaf = name.rpartition(".")
+            rows = len(residents[layer_of(name)])
+            cut = torch.empty(rows, *parameter.shape[1:], dtype=parameter.dtype, device="meta")
+            setattr(model.get_submodule(owner_name), leaf, nn.Parameter(cut))
+    for layer, block in moe_blocks(model):
+        count = len(residents[layer])
+        block.experts.num_experts = count
+        if routing is RoutingMode.PARTITIONED:
+            # The router has rows for residents only, so what it picks are slots already.
+            block.gate.num_experts = count
+            block.gate.top_k = min(settings.top_k, count)
+        else:
+            block.experts.register_buffer(
+                "slot_of_expert",
+                torch.empty(settings.num_experts, dtype=torch.long, device="meta"),
+                persistent=False,
+            )
+
+
+def _initialise(model: PreTrainedModel, empty: bool) -> None:
+    if empty:
+        # Rotary tables are buffers that initialisation would have filled: parameters are marked
+        # as done, so that only those are.
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = True
+    model.initialize_weights()
+
+
+def _fill_slots(model: PreTrainedModel, residents: Residents) -> None:
+    for layer, block in moe_blocks(model):
+        slots = getattr(block.experts, "slot_of_expert", None)
+        if slots is not None:
+            held = torch.tensor(residents[layer], dtype=torch.long, device=slots.device)
+            slots.fill_(len(residents[layer]))
+            slots[held] = torch.arange(len(held), device=slots.device)

@@ -1,0 +1,112 @@
+"""What the routers do: the balance loss of a step and the routing counts of a round.
+
+Shape legend: T tokens, K chosen experts, E scored experts (residents only in `partitioned`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fomoe_flwr.model.residency import Residents, moe_blocks
+
+
+@dataclass
+class RoutingCounts:
+    """Assignments of tokens to experts, summed over the steps of a round."""
+
+    load: Tensor
+    """[num_layers, num_experts] assignments to each expert, ghosts included."""
+    ghosts: Tensor
+    """[num_layers] assignments that went to a ghost."""
+    all_ghost: Tensor
+    """[num_layers] tokens of which every choice was a ghost."""
+    tokens: int = 0
+
+    @property
+    def ghost_fraction(self) -> float:
+        """Share of assignments that went to a ghost, over all layers."""
+        return _ratio(float(self.ghosts.sum()), float(self.load.sum()))
+
+    @property
+    def all_ghost_fraction(self) -> float:
+        """Share of (token, layer) pairs of which every choice was a ghost."""
+        return _ratio(float(self.all_ghost.sum()), float(self.tokens * len(self.all_ghost)))
+
+
+@dataclass
+class RouterProbe:
+    """Listens to every router of a model.
+
+    Between `model(...)` and `backward()`, `balance_loss()` gives the loss of that forward pass;
+    `counts` grow until they are read.
+    """
+
+    model: nn.Module
+    num_experts: int
+    residents: Residents | None = None
+    counts: RoutingCounts = field(init=False)
+    _pending: list[Tensor] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        blocks = list(moe_blocks(self.model))
+        num_layers = 1 + max((layer for layer, _ in blocks), default=-1)
+        self.counts = RoutingCounts(
+            load=torch.zeros(num_layers, self.num_experts, dtype=torch.long),
+            ghosts=torch.zeros(num_layers, dtype=torch.long),
+            all_ghost=torch.zeros(num_layers, dtype=torch.long),
+        )
+        self._first_layer = blocks[0][0] if blocks else -1
+        self._handles = [
+            block.gate.register_forward_hook(self._listener(layer, block))
+            for layer, block in blocks
+        ]
+
+    def close(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+
+    def balance_loss(self) -> Tensor:
+        """Return the mean over layers of E * sum_i f_i P_i since the last call (Switch form).
+
+        f_i is the share of assignments to expert i, P_i its mean gate probability; 1 is perfect
+        balance. In `skip_token` ghosts take part, so a worker's router does not forget them.
+        """
+        losses, self._pending = self._pending, []
+        if not losses:
+            return torch.zeros(())
+        return torch.stack(losses).mean()
+
+    def _listener(self, layer: int, block: nn.Module) -> Callable[..., None]:
+        slots = getattr(block.experts, "slot_of_expert", None)
+        held = torch.arange(self.num_experts)
+        if self.residents is not None and slots is None:
+            # `partitioned`: the router counts slots; write them down under their global ids.
+            held = torch.tensor(self.residents[layer], dtype=torch.long)
+
+        def listen(_module: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
+            logits_TE, chosen_TK = output[0], output[-1]
+            if not self.model.training:
+                return
+            load_E = torch.bincount(chosen_TK.reshape(-1), minlength=logits_TE.shape[-1])
+            if torch.is_grad_enabled():
+                probability_E = torch.softmax(logits_TE.float(), -1).mean(0)
+                share_E = load_E.float() / chosen_TK.numel()
+                self._pending.append(logits_TE.shape[-1] * (share_E * probability_E).sum())
+            self.counts.load[layer, held] += load_E.cpu()
+            if slots is not None:
+                ghost_TK = slots[chosen_TK] == block.experts.num_experts
+                self.counts.ghosts[layer] += int(ghost_TK.sum())
+                self.counts.all_ghost[layer] += int(ghost_TK.all(-1).sum())
+            if layer == self._first_layer:
+                self.counts.tokens += len(chosen_TK)
+
+        return listen
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,163 @@
+"""The model's state as two flat vectors: what everybody has, and what only holders have.
+
+The platform's cost is per object, so state travels as one vector of shared parameters and one of
+the resident experts. `StateSpec` is the single description of their order; server and worker
+derive it from the same settings and compare its digest.
+
+Order: shared keys in model order; expert keys in model order, and inside a key the resident rows in
+ascending expert id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.model.residency import Residents, build_model
+from fomoe_flwr.routing import is_expert_key, layer_of
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One state key with its shape in the full model."""
+
+    key: str
+    shape: tuple[int, ...]
+    layer: int | None
+    """Decoder layer of an expert key, whose first axis enumerates experts; None if shared."""
+
+    @property
+    def row_size(self) -> int:
+        """Elements of one expert of this key (of the whole key if shared)."""
+        return prod(self.shape[1:]) if self.layer is not None else prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Keys, shapes and order of a model's state."""
+
+    shared: tuple[Entry, ...]
+    expert: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, settings: ModelSettings, config: PreTrainedConfig) -> StateSpec:
+        """Read the spec off the full model, built on the meta device."""
+        return cls.of_model(build_model(settings, config, device="meta"), settings)
+
+    @classmethod
+    def of_model(cls, model: nn.Module, settings: ModelSettings) -> StateSpec:
+        """Read the spec off a model that has all experts."""
+        shared, expert = [], []
+        for key, value in state_of(model).items():
+            if is_expert_key(key, settings.routing_mode):
+                expert.append(Entry(key, tuple(value.shape), layer_of(key)))
+            else:
+                shared.append(Entry(key, tuple(value.shape), None))
+        return cls(tuple(shared), tuple(expert))
+
+    @property
+    def num_layers(self) -> int:
+        return 1 + max((e.layer for e in self.expert if e.layer is not None), default=-1)
+
+    @property
+    def num_experts(self) -> int:
+        return self.expert[0].shape[0] if self.expert else 0
+
+    @property
+    def shared_size(self) -> int:
+        """Elements of the shared vector."""
+        return sum(entry.row_size for entry in self.shared)
+
+    def experts_size(self, residents: Residents) -> int:
+        """Elements of the expert vector of a worker with these residents."""
+        return sum(entry.row_size * len(residents[_layer(entry)]) for entry in self.expert)
+
+    def digest(self) -> str:
+        """Identify the spec: two sides with the same digest agree on every offset."""
+        text = repr([(e.key, e.shape, e.layer) for e in (*self.shared, *self.expert)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def pack_shared(self, state: State) -> Tensor:
+        """Concatenate the shared keys into one fp32 vector."""
+        return _concatenate([state[entry.key] for entry in self.shared])
+
+    def pack_experts(self, state: State, residents: Residents | None = None) -> Tensor:
+        """Concatenate expert rows into one fp32 vector.
+
+        With `residents`, `state` is a full one and those rows are taken; without, it is a
+        worker's, whose rows are its residents already.
+        """
+        rows = [
+            state[entry.key]
+            if residents is None
+            else state[entry.key][_index(residents[_layer(entry)])]
+            for entry in self.expert
+        ]
+        return _concatenate(rows)
+
+    def split_shared(self, vector: Tensor) -> dict[str, Tensor]:
+        """View a shared vector as its keys. Raises ValueError if the size is wrong."""
+        _expect(vector, self.shared_size, "shared")
+        sizes = [entry.row_size for entry in self.shared]
+        pieces = vector.split(sizes) if sizes else ()
+        return {e.key: p.view(e.shape) for e, p in zip(self.shared, pieces, strict=True)}
+
+    def split_experts(self, vector: Tensor, residents: Residents) -> dict[str, Tensor]:
+        """View an expert vector as `[R, ...]` keys. Raises ValueError if the size is wrong."""
+        _expect(vector, self.experts_size(residents), "expert")
+        counts = [len(residents[_layer(entry)]) for entry in self.expert]
+        sizes = [entry.row_size * count for entry, count in zip(self.expert, counts, strict=True)]
+        pieces = vector.split(sizes) if sizes else ()
+        return {
+            entry.key: piece.view(count, *entry.shape[1:])
+            for entry, piece, count in zip(self.expert, pieces, counts, strict=True)
+        }
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that make up a model, each once, in model order.
+
+    Parameters and persistent buffers; a tied weight appears under its first name only.
+    """
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    persistent = model.state_dict(keep_vars=True)
+    state |= {name: b for name, b in model.named_buffers() if name in persistent}
+    return state
+
+
+def load_state(model: nn.Module, state: State) -> None:
+    """Copy a state into a model of the same residents."""
+    with torch.no_grad():
+        for key, target in state_of(model).items():
+            target.copy_(state[key])
+
+
+def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.empty(0)
+    return torch.cat([t.detach().to("cpu", torch.float32).reshape(-1) for t in tensors])
+
+
+def _index(residents: Sequence[int]) -> Tensor:
+    return torch.tensor(residents, dtype=torch.long)
+
+
+def _layer(entry: Entry) -> int:
+    assert entry.layer is not None
+    return entry.layer
+
+
+def _expect(vector: Tensor, size: int, kind: str) -> None:
+    if vector.dim() != 1 or vector.numel() != size:
+        raise ValueError(
+            f"{kind} vector has shape {list(vector.shape)}, the model's layout needs [{size}]"
+        )

@@ -1,0 +1,20 @@
+"""Preflight: everything that can be refused before anything starts."""
+
+from __future__ import annotations
+
+import torch
+
+from fomoe_flwr.config import Settings, SettingsError
+from fomoe_flwr.data.source import check_data
+from fomoe_flwr.layout import check_layout
+from fomoe_flwr.run_directory import claim_output_dir
+
+
+def preflight(settings: Settings) -> None:
+    """Check layout, device, text and output directory. Raises SettingsError or DataError."""
+    check_layout(settings.layout, settings.model.num_layers, settings.model.num_experts)
+    if settings.local.device == "cuda" and settings.engine == "in_process":
+        if not torch.cuda.is_available():
+            raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
+    check_data(settings)
+    claim_output_dir(settings)

@@ -1,0 +1,239 @@
+"""What people see of a run: lines while it goes, a table, plots and a text sample at its end."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fomoe_flwr import __version__, costs
+from fomoe_flwr.config import Settings
+from fomoe_flwr.evaluation import EvalReport
+from fomoe_flwr.layout import Layout
+from fomoe_flwr.run_directory import RunDirectory
+
+_WIDTH = 110
+
+
+def environment() -> dict[str, str]:
+    """Return what a number must be quoted with: versions, machine, commit."""
+    return {
+        "environment/fomoe_flwr": __version__,
+        "environment/torch": torch.__version__,
+        "environment/python": platform.python_version(),
+        "environment/machine": f"{platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads",
+        "environment/commit": _commit(),
+    }
+
+
+def print_start(settings: Settings, run: RunDirectory, layout: Layout) -> None:
+    """Say what is about to run and what it will cost."""
+    predicted = costs.summary(settings)
+    workers = settings.layout.num_workers
+    up = costs.predict_bytes(settings, layout)
+    rows = [
+        ("run directory", str(run.path)),
+        ("experiment", f"{settings.experiment} (preset {settings.preset}, seed {settings.seed})"),
+        (
+            "model",
+            f"{settings.model.name}: {_count(predicted['params/total'])} parameters "
+            f"({_count(predicted['params/shared'])} shared, {_count(predicted['params/expert'])} in "
+            f"experts, {_count(predicted['params/active'])} active per token)",
+        ),
+        (
+            "layout",
+            f"{workers} workers, every expert on {settings.layout.overlap}; "
+            f"{settings.layout.kind}, {settings.model.routing}",
+        ),
+        (
+            "per worker",
+            f"{_count(predicted['params/resident'])} parameters, "
+            f"{_size(predicted['memory/worker_bytes'])} of training state "
+            f"(full replica {_size(predicted['memory/full_replica_bytes'])})",
+        ),
+        (
+            "per round",
+            f"{_size(sum(up.up_per_worker))} up, {_size(sum(up.down_per_worker))} down over all "
+            f"workers: {predicted['ratio/full_replica']:.2f}x less than full replicas, "
+            f"{predicted['ratio/ddp']:.1f}x less than data-parallel",
+        ),
+        (
+            "batch per step",
+            f"{predicted['batch/shared_tokens']:.0f} tokens for shared layers, "
+            f"{predicted['batch/expert_tokens']:.0f} for an expert on average",
+        ),
+    ]
+    for name, text in rows:
+        print(f"{name + ':':<16}{text}", flush=True)
+
+
+def print_before(result: EvalReport, entropy: float) -> None:
+    """Say where the untrained model stands."""
+    print(
+        f"before training: loss {result.loss:.3f}, {result.bits_per_byte:.3f} bits/byte on "
+        f"{result.tokens} held-out tokens; unigram entropy {entropy:.3f}",
+        flush=True,
+    )
+
+
+def print_round(row: Mapping[str, Any], rounds: int) -> None:
+    """Print one line for a finished round."""
+    scores = (
+        f"loss {row['eval/loss']:.4f} | ppl {row['eval/perplexity']:8.2f} | "
+        f"{row['eval/bits_per_byte']:.3f} bits/byte | "
+        if "eval/loss" in row
+        else ""
+    )
+    failed = f", {row['round/workers_failed']} failed" if row["round/workers_failed"] else ""
+    print(
+        f"round {row['round']:>3}/{rounds} | {scores}train {row['train/loss']:.4f} | "
+        f"ghosts {row['moe/ghost_fraction']:.1%} | up {_size(row['comm/bytes_up'])} | "
+        f"down {_size(row['comm/bytes_down'])} | {row['round/seconds']:.1f} s | "
+        f"{row['train/tokens_per_second']:.0f} tok/s | {row['round/workers_ok']} ok{failed}",
+        flush=True,
+    )
+
+
+def print_end(run: RunDirectory) -> None:
+    """Print the table of all rounds, a sample of text and where everything is."""
+    console = Console(width=_WIDTH, highlight=False)
+    table = Table(title=f"{run.path.name}: every round", title_justify="left")
+    for column in ("round", "eval loss", "perplexity", "bits/byte", "ghosts", "up", "down"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("seconds", "tokens/s", "workers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in run.read_metrics():
+        table.add_row(
+            str(row["round"]),
+            _number(row.get("eval/loss"), 4),
+            _number(row.get("eval/perplexity"), 2),
+            _number(row.get("eval/bits_per_byte"), 3),
+            f"{row['moe/ghost_fraction']:.1%}",
+            _size(row["comm/bytes_up"]),
+            _size(row["comm/bytes_down"]),
+            _number(row["round/seconds"], 1),
+            _number(row["train/tokens_per_second"], 0),
+            str(row["round/workers_ok"]),
+        )
+    console.print(table)
+    summary = run.read_summary()
+    if "eval/unigram_entropy" in summary:
+        console.print(
+            f"held-out loss {summary['eval/loss']['untrained']:.3f} untrained -> "
+            f"{summary['eval/loss']['last']:.3f}; unigram entropy of the same text "
+            f"{summary['eval/unigram_entropy']:.3f}"
+        )
+    samples = sorted(run.samples.glob("*.txt"))
+    if samples:
+        console.print(f"\nsample ({samples[-1].name}):", markup=False)
+        console.print(samples[-1].read_text(encoding="utf-8").strip(), markup=False)
+    console.print("\nwritten:", markup=False)
+    for path in (run.metrics, run.summary, run.plots, run.checkpoints, run.export):
+        if path.exists():
+            console.print(f"  {path}", markup=False, soft_wrap=True)
+
+
+def draw_plots(run: RunDirectory, settings: Settings) -> list[Path]:
+    """Draw loss against tokens and bytes, and who held what; return the files."""
+    # pyplot is slow to import, and only a finished run needs it.
+    from fomoe_flwr.layout_picture import draw_holders
+
+    run.plots.mkdir(exist_ok=True)
+    written = [draw_loss(run)]
+    layouts = run.read_layouts()
+    if layouts:
+        last = max(layouts, key=int)
+        layout = Layout.from_json(layouts[last])
+        path = run.plots / "layout.png"
+        draw_holders(layout, path, f"Who holds what (round {last}, {settings.layout.kind} layout)")
+        written.append(path)
+    return written
+
+
+def draw_loss(run: RunDirectory) -> Path:
+    """Draw held-out and training loss against tokens and against bytes sent."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = run.read_metrics()
+    summary = run.read_summary()
+    tokens = [row["tokens"] for row in rows]
+    sent, total = [], 0
+    for row in rows:
+        total += row["comm/bytes_up"] + row["comm/bytes_down"]
+        sent.append(total / 2**20)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, x, label in zip(
+        figure.subplots(1, 2, sharey=True),
+        (tokens, sent),
+        ("training tokens, all workers", "MiB on the wire, up and down"),
+        strict=True,
+    ):
+        seen = [(a, row["eval/loss"]) for a, row in zip(x, rows, strict=True) if "eval/loss" in row]
+        axis.plot(x, [row["train/loss"] for row in rows], ".--", color="#999999", label="training")
+        axis.plot(*zip(*seen, strict=True), "o-", color="#0072B2", label="held out, assembled model")
+        if "eval/unigram_entropy" in summary:
+            axis.axhline(
+                summary["eval/unigram_entropy"], color="#D55E00", ls=":", label="unigram entropy"
+            )
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("loss, nats per token")
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle(run.path.name, x=0.01, ha="left", fontsize=10)
+    path = run.plots / "loss.png"
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown CPU"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown CPU"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _count(number: float) -> str:
+    for unit in ("", "k", "M", "B"):
+        if number < 1000:
+            return f"{number:.0f}" if not unit else f"{number:.2f}{unit}"
+        number /= 1000
+    return f"{number:.2f}T"

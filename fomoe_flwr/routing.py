@@ -1,0 +1,43 @@
+"""The routing mode, and the one rule that says which parameters it makes shared.
+
+Layout, model, wire and cost model all ask `is_expert_key`; no other place knows the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+
+class RoutingMode(StrEnum):
+    """How a worker's router treats experts that the worker does not hold (paper section 3.2)."""
+
+    SKIP_TOKEN = "skip_token"
+    """Full router on every worker, top-k over all experts; a chosen ghost adds nothing."""
+
+    PARTITIONED = "partitioned"
+    """Router rows travel with their experts, top-k over the residents only."""
+
+
+_EXPERT_KEY = re.compile(r"\.layers\.(\d+)\.(?:\w+\.)?experts\.")
+_ROUTER_KEY = re.compile(r"\.layers\.(\d+)\.(?:\w+\.)?(?:gate|router)\.")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def is_expert_key(key: str, routing: RoutingMode) -> bool:
+    """Tell whether the first axis of a state-dict entry enumerates experts that only holders keep.
+
+    Everything else is shared. Expert weights are never shared; router rows are expert parameters
+    in `partitioned` routing and shared in `skip_token` (paper section 3.1).
+    """
+    if _EXPERT_KEY.search(key):
+        return True
+    return routing is RoutingMode.PARTITIONED and bool(_ROUTER_KEY.search(key))
+
+
+def layer_of(key: str) -> int:
+    """Read the decoder layer's index from a state-dict key; raise ValueError if it has none."""
+    found = _LAYER.search(key)
+    if found is None:
+        raise ValueError(f"state key {key!r} names no decoder layer")
+    return int(found[1])

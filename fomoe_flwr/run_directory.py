@@ -1,0 +1,114 @@
+"""The run directory: what a run leaves behind, and where.
+
+    config.yaml      resolved settings            metrics.jsonl   one object a round
+    summary.json     status and totals            layout.json     round -> layer -> worker -> experts
+    checkpoints/     see `checkpoint`             tokenizer/      as trained or given
+    plots/           PNG                          samples/        text after each evaluation
+    export/          transformers checkpoint      workers/        inner state (simulation only)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fomoe_flwr.config import Settings, SettingsError
+from fomoe_flwr.files import save_json, save_text
+
+
+class RunDirectory:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.layout = path / "layout.json"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
+        self.plots = path / "plots"
+        self.samples = path / "samples"
+        self.export = path / "export"
+        self.workers = path / "workers"
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Read the rounds so far, oldest first; a line cut off by a crash is left out."""
+        rows = []
+        if self.metrics.is_file():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return rows
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one round."""
+        with self.metrics.open("a", encoding="utf-8") as sink:
+            sink.write(json.dumps(dict(row)) + "\n")
+            sink.flush()
+            os.fsync(sink.fileno())
+
+    def forget_rounds_after(self, server_round: int) -> None:
+        """Drop rounds that a resume will repeat."""
+        kept = [row for row in self.read_metrics() if row["round"] <= server_round]
+        save_text("".join(json.dumps(row) + "\n" for row in kept), self.metrics)
+        layouts = self.read_layouts()
+        save_json({r: v for r, v in layouts.items() if int(r) <= server_round}, self.layout)
+
+    def add_layout(self, server_round: int, residents: Any) -> None:
+        """Record who held what in a round: [layer][worker] -> expert ids."""
+        save_json(self.read_layouts() | {str(server_round): residents}, self.layout)
+
+    def read_summary(self) -> dict[str, Any]:
+        """Read the summary; empty if the run never wrote one."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replace the summary."""
+        save_json(dict(summary), self.summary)
+
+    def read_layouts(self) -> dict[str, Any]:
+        """Read round -> [layer][worker] -> expert ids."""
+        try:
+            layouts = json.loads(self.layout.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+        return layouts if isinstance(layouts, dict) else {}
+
+
+def default_output_dir(settings: Settings, root: Path) -> Path:
+    """Name a new run after experiment, preset and time."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return root / f"{stamp}-{settings.experiment}-{settings.preset}"
+
+
+def claim_output_dir(settings: Settings) -> None:
+    """Create the output directory and prove that it can be written. Raises SettingsError."""
+    path = Path(settings.output_dir)
+    if not path.is_absolute():
+        raise SettingsError(f"output_dir={path} must be absolute: processes differ in their cwd")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SettingsError(
+            f"output_dir={path} cannot be written: {error.strerror}; give another output_dir"
+        ) from error
+    taken = RunDirectory(path)
+    if not settings.resume and (taken.metrics.exists() or taken.checkpoints.exists()):
+        raise SettingsError(
+            f"output_dir={path} already holds a run: give another output_dir, "
+            f"or resume={path} to go on with it"
+        )

@@ -1,0 +1,155 @@
+"""Local training: K optimizer steps on one worker's residents. No Flower, no files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_flwr.config import LocalSettings
+from fomoe_flwr.data.batches import Batches
+from fomoe_flwr.inner_state import InnerState
+from fomoe_flwr.model.router_probe import RouterProbe, RoutingCounts
+
+
+class TrainingError(RuntimeError):
+    """Local training that cannot go on."""
+
+
+@dataclass(frozen=True)
+class LocalReport:
+    """What K local steps did."""
+
+    loss: float
+    """Mean cross entropy per token over the steps, nats."""
+    last_loss: float
+    balance_loss: float
+    grad_norm: float
+    """Mean total gradient norm before clipping."""
+    lr: float
+    tokens: int
+    seconds: float
+    routing: RoutingCounts
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def learning_rate(settings: LocalSettings, step: int, total_steps: int) -> float:
+    """Return the rate of a step (from 0) of the whole run, over all rounds."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    span = max(1, total_steps - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / span)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * cosine)
+
+
+def make_optimizer(model: nn.Module, settings: LocalSettings) -> torch.optim.Optimizer:
+    """Build the local optimizer; decay touches matrices only, not embeddings, norms or routers.
+
+    A router row whose expert is a ghost, and an embedding row whose token is absent, get no task
+    gradient: decay would shrink them for nothing.
+    """
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        exempt = parameter.dim() < 2 or any(
+            part in name for part in ("embed", "norm", ".gate.", "lm_head")
+        )
+        (plain if exempt else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr)
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def token_loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Return the mean cross entropy (nats per token) of [B, S + 1] windows."""
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+def train(
+    model: nn.Module,
+    probe: RouterProbe,
+    optimizer: torch.optim.Optimizer,
+    inner: InnerState,
+    batches: Batches,
+    settings: LocalSettings,
+    *,
+    first_step: int,
+    total_steps: int,
+    device: torch.device,
+) -> LocalReport:
+    """Take `settings.steps` optimizer steps, starting at step `first_step` of the run.
+
+    Raises TrainingError when the loss is no longer finite: a worker that diverged must not send
+    its weights.
+    """
+    model.train()
+    started = time.perf_counter()
+    losses, norms, balances, tokens = [], [], [], 0
+    rate = settings.lr
+    for offset in range(settings.steps):
+        rate = learning_rate(settings, first_step + offset, total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        step_loss = torch.zeros((), device=device)
+        step_balance = torch.zeros((), device=device)
+        for windows in _micro_batches(batches, settings.accumulate, device):
+            loss = token_loss(model, windows)
+            balance = probe.balance_loss().to(device)
+            ((loss + settings.balance_loss * balance) / settings.accumulate).backward()
+            step_loss += loss.detach() / settings.accumulate
+            step_balance += balance.detach() / settings.accumulate
+            tokens += windows[:, 1:].numel()
+        norm = nn.utils.clip_grad_norm_(
+            model.parameters(), settings.grad_clip if settings.grad_clip > 0 else math.inf
+        )
+        inner.step(optimizer, rate)
+        losses.append(step_loss)
+        norms.append(norm.detach())
+        balances.append(step_balance)
+    # One host sync a round, not one a step.
+    mean_loss = float(torch.stack(losses).mean())
+    if not math.isfinite(mean_loss):
+        bad = next(i for i, loss in enumerate(losses) if not math.isfinite(float(loss)))
+        raise TrainingError(
+            f"training loss is {float(losses[bad])} at step {first_step + bad}: lower "
+            f"local.lr={settings.lr} or local.grad_clip={settings.grad_clip}"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    return LocalReport(
+        loss=mean_loss,
+        last_loss=float(losses[-1]),
+        balance_loss=float(torch.stack(balances).mean()),
+        grad_norm=float(torch.stack(norms).mean()),
+        lr=rate,
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+        routing=probe.counts,
+    )
+
+
+def _micro_batches(batches: Batches, count: int, device: torch.device) -> Iterator[Tensor]:
+    for _ in range(count):
+        yield batches.next_batch().to(device, non_blocking=True)
