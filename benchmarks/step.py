@@ -1,12 +1,12 @@
-"""Time the whole training step: ours against transformers' grouped_mm, and skip-token against its limit.
+"""Time the whole training step against transformers' grouped_mm and against the FLOP limit.
 
     python benchmarks/step.py --shape demo --shape fine
     python benchmarks/step.py --json benchmarks/results/step-cpu.json
 
-Every variant takes its steps in turn (A B C A B C ...), so that a machine whose speed drifts, drifts
-for all; figures are medians, and what is compared are ratios of one run. The step is forward, cross
-entropy, backward, clipping and fused AdamW on random tokens. The limit for resident share a (as
-measured, not as drawn) is 1 / (1 - f (1 - a)), f the experts' share of the FLOPs.
+Every variant takes its steps in turn (A B C A B C ...), so that a machine whose speed drifts does
+so for all; figures are medians, and what is compared are ratios of one run. The step is forward,
+cross entropy, backward, clipping and fused AdamW on random tokens. The limit for resident share a
+(as measured, not as drawn) is 1 / (1 - f (1 - a)), f the experts' share of the FLOPs.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Variant:
         self.seconds: list[float] = []
 
     def step(self, windows: torch.Tensor) -> None:
+        """Take one optimizer step and note its time."""
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         token_loss(self.model, windows).backward()
@@ -91,6 +92,7 @@ class Variant:
 
     @property
     def resident_share(self) -> float:
+        """Share of assignments that went to residents, measured."""
         return 1.0 if self.probe is None else 1.0 - self.probe.counts.ghost_fraction
 
 

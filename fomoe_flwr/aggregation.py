@@ -27,9 +27,7 @@ class HolderMean:
         self.expert_weight = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.float64)
         """[num_layers, num_experts] summed weight of the replies that held the expert."""
 
-    def fold(
-        self, shared: Tensor, experts: Tensor, residents: Residents, weight: float
-    ) -> None:
+    def fold(self, shared: Tensor, experts: Tensor, residents: Residents, weight: float) -> None:
         """Add one worker's pseudo-gradient (flat fp32 vectors) with a positive weight."""
         if not weight > 0:
             raise ValueError(f"a reply's weight must be > 0 (got {weight})")

@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fomoe_flwr.config import one_line
+from fomoe_flwr.errors import InputError
 from fomoe_flwr.files import replace_folder, save_text
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be read or belongs to something else."""
 
 

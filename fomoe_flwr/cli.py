@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_flwr import __version__
-from fomoe_flwr.config import Settings, SettingsError, load_settings
+from fomoe_flwr.config import Settings, load_settings
+from fomoe_flwr.errors import InputError, RunError
 
 _EXAMPLES = """examples:
   fomoe run preset=tiny
@@ -29,22 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (SettingsError, *_late_errors()) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-
-
-def _late_errors() -> tuple[type[Exception], ...]:
-    """Errors of modules that a quick command never loads."""
-    found: list[type[Exception]] = []
-    for module, name in (
-        ("fomoe_flwr.data", "DataError"),
-        ("fomoe_flwr.checkpoint", "CheckpointError"),
-        ("fomoe_flwr.federation.strategy", "FederationError"),
-    ):
-        if module in sys.modules:
-            found.append(getattr(sys.modules[module], name))
-    return tuple(found)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,7 +113,9 @@ def _costs(options: argparse.Namespace) -> int:
         print(json.dumps(summary, indent=2))
     else:
         for key, value in summary.items():
-            print(f"{key:<28}{value:>20,.4g}" if isinstance(value, float) else f"{key:<28}{value:>20}")
+            print(
+                f"{key:<28}{value:>20,.4g}" if isinstance(value, float) else f"{key:<28}{value:>20}"
+            )
     return 0
 
 

@@ -25,10 +25,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from fomoe_flwr.errors import InputError
 from fomoe_flwr.routing import RoutingMode
 
 
-class SettingsError(ValueError):
+class SettingsError(InputError):
     """A setting that cannot be used; the message names value, allowed range and key."""
 
 
@@ -219,7 +220,7 @@ RESUMABLE_KEYS = (
 
 
 def conf_dir() -> Path:
-    """Return the folder of Hydra groups: beside the package in a checkout or app bundle, else inside it."""
+    """Return the folder of Hydra groups: beside the package (checkout, bundle), else inside it."""
     package = Path(__file__).resolve().parent
     for candidate in (package.parent / "conf", package / "conf"):
         if (candidate / "config.yaml").is_file():

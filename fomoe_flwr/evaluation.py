@@ -27,6 +27,7 @@ class EvalReport:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -95,7 +96,7 @@ def sample_text(
     model.eval()
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,

@@ -141,9 +141,7 @@ class InnerState:
         for name, parameter in self.model.named_parameters():
             is_expert = is_expert_key(name, self.routing)
             step = int(self._ages[layer_of(name)].max()) if is_expert else self._steps
-            state: dict[str, Tensor] = {
-                "step": torch.tensor(float(step), device=parameter.device)
-            }
+            state: dict[str, Tensor] = {"step": torch.tensor(float(step), device=parameter.device)}
             for moment in _MOMENTS:
                 value = stored.get_tensor(f"{moment}/{name}")
                 if is_expert:

@@ -13,8 +13,9 @@ from fomoe_flwr.run_directory import claim_output_dir
 def preflight(settings: Settings) -> None:
     """Check layout, device, text and output directory. Raises SettingsError or DataError."""
     check_layout(settings.layout, settings.model.num_layers, settings.model.num_experts)
-    if settings.local.device == "cuda" and settings.engine == "in_process":
-        if not torch.cuda.is_available():
-            raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
+    # Only here is the worker's machine known to be this one.
+    is_here = settings.engine == "in_process"
+    if is_here and settings.local.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
     check_data(settings)
     claim_output_dir(settings)

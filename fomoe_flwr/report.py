@@ -28,24 +28,26 @@ def environment() -> dict[str, str]:
         "environment/fomoe_flwr": __version__,
         "environment/torch": torch.__version__,
         "environment/python": platform.python_version(),
-        "environment/machine": f"{platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads",
+        "environment/machine": (
+            f"{platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads"
+        ),
         "environment/commit": _commit(),
     }
 
 
 def print_start(settings: Settings, run: RunDirectory, layout: Layout) -> None:
     """Say what is about to run and what it will cost."""
-    predicted = costs.summary(settings)
+    predicted: dict[str, Any] = dict(costs.summary(settings))
     workers = settings.layout.num_workers
-    up = costs.predict_bytes(settings, layout)
+    sent = costs.predict_bytes(settings, layout)
     rows = [
         ("run directory", str(run.path)),
         ("experiment", f"{settings.experiment} (preset {settings.preset}, seed {settings.seed})"),
         (
             "model",
-            f"{settings.model.name}: {_count(predicted['params/total'])} parameters "
-            f"({_count(predicted['params/shared'])} shared, {_count(predicted['params/expert'])} in "
-            f"experts, {_count(predicted['params/active'])} active per token)",
+            f"{settings.model.name}: {_count(predicted['params/total'])} parameters, "
+            f"{_count(predicted['params/shared'])} shared, {_count(predicted['params/expert'])} "
+            f"in experts, {_count(predicted['params/active'])} active per token",
         ),
         (
             "layout",
@@ -60,7 +62,7 @@ def print_start(settings: Settings, run: RunDirectory, layout: Layout) -> None:
         ),
         (
             "per round",
-            f"{_size(sum(up.up_per_worker))} up, {_size(sum(up.down_per_worker))} down over all "
+            f"{_size(sent.up)} up, {_size(sent.down)} down over all "
             f"workers: {predicted['ratio/full_replica']:.2f}x less than full replicas, "
             f"{predicted['ratio/ddp']:.1f}x less than data-parallel",
         ),
@@ -179,7 +181,9 @@ def draw_loss(run: RunDirectory) -> Path:
     ):
         seen = [(a, row["eval/loss"]) for a, row in zip(x, rows, strict=True) if "eval/loss" in row]
         axis.plot(x, [row["train/loss"] for row in rows], ".--", color="#999999", label="training")
-        axis.plot(*zip(*seen, strict=True), "o-", color="#0072B2", label="held out, assembled model")
+        axis.plot(
+            *zip(*seen, strict=True), "o-", color="#0072B2", label="held out, assembled model"
+        )
         if "eval/unigram_entropy" in summary:
             axis.axhline(
                 summary["eval/unigram_entropy"], color="#D55E00", ls=":", label="unigram entropy"

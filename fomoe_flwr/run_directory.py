@@ -1,10 +1,10 @@
 """The run directory: what a run leaves behind, and where.
 
-    config.yaml      resolved settings            metrics.jsonl   one object a round
-    summary.json     status and totals            layout.json     round -> layer -> worker -> experts
-    checkpoints/     see `checkpoint`             tokenizer/      as trained or given
-    plots/           PNG                          samples/        text after each evaluation
-    export/          transformers checkpoint      workers/        inner state (simulation only)
+config.yaml      resolved settings            metrics.jsonl   one object a round
+summary.json     status and totals            layout.json     round -> layer -> worker -> experts
+checkpoints/     see `checkpoint`             tokenizer/      as trained or given
+plots/           PNG                          samples/        text after each evaluation
+export/          transformers checkpoint      workers/        inner state (simulation only)
 """
 
 from __future__ import annotations

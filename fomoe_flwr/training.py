@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fomoe_flwr.config import LocalSettings
 from fomoe_flwr.data.batches import Batches
+from fomoe_flwr.errors import RunError
 from fomoe_flwr.inner_state import InnerState
 from fomoe_flwr.model.router_probe import RouterProbe, RoutingCounts
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError):
     """Local training that cannot go on."""
 
 
@@ -38,6 +39,7 @@ class LocalReport:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens trained on per second of this worker."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -59,7 +61,8 @@ def make_optimizer(model: nn.Module, settings: LocalSettings) -> torch.optim.Opt
     A router row whose expert is a ghost, and an embedding row whose token is absent, get no task
     gradient: decay would shrink them for nothing.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         exempt = parameter.dim() < 2 or any(
             part in name for part in ("embed", "norm", ".gate.", "lm_head")

@@ -5,8 +5,10 @@ Only `batches` imports torch; nothing here imports Flower.
 
 from __future__ import annotations
 
+from fomoe_flwr.errors import InputError
 
-class DataError(ValueError):
+
+class DataError(InputError):
     """Data that cannot be used; the message is one line: value, what is needed, key to change."""
 
 

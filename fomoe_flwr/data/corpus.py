@@ -71,15 +71,15 @@ def read_documents(data: DataSettings, split: Split) -> list[Document]:
         return _read_embedded(split)
     files = list_files(data.path)
     named = {file.split for file in files}
-    if split in named:
-        documents = _read_files([file for file in files if file.split == split], data)
-        if not documents:
-            raise DataError(f"data.path={data.path!r}: the {split} split has no text in it")
-        return documents
     missing = [held for held in HELDOUT_SPLITS if held not in named]
-    rest = [file for file in files if file.split in ("", "train")]
-    documents = _read_files(rest, data, cut=True)
-    return _hold_out(documents, missing, split, data)
+    if split in missing or (split == "train" and missing):
+        rest = [file for file in files if file.split in ("", "train")]
+        return _hold_out(_read_files(rest, data, cut=True), missing, split, data)
+    wanted = ("", "train") if split == "train" else (split,)
+    documents = _read_files([file for file in files if file.split in wanted], data)
+    if not documents:
+        raise DataError(f"data.path={data.path!r}: the {split} split has no text in it")
+    return documents
 
 
 def fingerprint(data: DataSettings) -> str:

@@ -50,7 +50,9 @@ def prepare_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def evaluation_blocks(settings: Settings, json_text: str, split: Split = "validation") -> TokenBlocks:
+def evaluation_blocks(
+    settings: Settings, json_text: str, split: Split = "validation"
+) -> TokenBlocks:
     """Return the packed held-out text that no worker trains on."""
     data = settings.data
     if data.dataset:
@@ -118,9 +120,7 @@ class NodeData:
         blocks = cached_blocks(self.data, "train", self.tokenizer_json, cache_dir() / "tokens")
         if self.num_parts == 1:
             return blocks, np.arange(blocks.num_blocks)
-        parts = partition_blocks(
-            blocks.domain_ids, self.num_parts, self.data.partition, self.seed
-        )
+        parts = partition_blocks(blocks.domain_ids, self.num_parts, self.data.partition, self.seed)
         return blocks, parts[self.part]
 
 
@@ -139,4 +139,3 @@ def _trained_tokenizer(data: DataSettings, vocab_size: int) -> PreTrainedTokeniz
     path.parent.mkdir(parents=True, exist_ok=True)
     save_text(tokenizer_json(tokenizer), path)
     return tokenizer
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"data.tokenizer={str(path)!r} is a slow tokenizer ({type(tokenizer).__name__}); "
             "set data.tokenizer to a folder with a tokenizer.json"
         )
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = _usual_end(tokenizer.get_vocab())
     return tokenizer
 
 
@@ -137,9 +139,12 @@ def _parse(text: str) -> PreTrainedTokenizerFast:
         backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
         return _wrap(backend, dict(content["special_tokens"]))
     backend = Tokenizer.from_str(text)
-    known = backend.get_vocab()
-    ends = [token for token in USUAL_END_TOKENS if token in known]
-    return _wrap(backend, {"eos_token": ends[0]} if ends else {})
+    end = _usual_end(backend.get_vocab())
+    return _wrap(backend, {"eos_token": end} if end else {})
+
+
+def _usual_end(vocab: Container[str]) -> str | None:
+    return next((token for token in USUAL_END_TOKENS if token in vocab), None)
 
 
 def _wrap(tokenizer: Tokenizer, roles: dict[str, str]) -> PreTrainedTokenizerFast:

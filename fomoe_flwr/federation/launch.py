@@ -7,6 +7,7 @@ succeeded is read from its summary: `flwr run --stream` exits 0 even when a run 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -111,9 +112,7 @@ def _environment(home: Path) -> dict[str, str]:
     }
 
 
-def _start_superlink(
-    port: int, home: Path, environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
+def _start_superlink(port: int, home: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with (home / "superlink.log").open("ab") as log:
         return subprocess.Popen(
             [
@@ -164,10 +163,8 @@ def _stop(link: subprocess.Popen[bytes]) -> None:
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _tool(name: str) -> str:

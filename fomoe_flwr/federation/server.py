@@ -18,12 +18,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fomoe_flwr import costs, report
-from fomoe_flwr.checkpoint import Checkpoint, CheckpointError, load_latest, save_checkpoint, stored_rounds
+from fomoe_flwr.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_latest,
+    save_checkpoint,
+    stored_rounds,
+)
 from fomoe_flwr.config import Settings
 from fomoe_flwr.data.source import evaluation_blocks, prepare_tokenizer
-from fomoe_flwr.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_digest, tokenizer_json
-from fomoe_flwr.data.tokens import heldout_windows
-from fomoe_flwr.data.tokens import TokenBlocks
+from fomoe_flwr.data.tokenizer import (
+    load_tokenizer,
+    token_byte_lengths,
+    tokenizer_digest,
+    tokenizer_json,
+)
+from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
 from fomoe_flwr.evaluation import EvalReport, evaluate, sample_text, unigram_entropy
 from fomoe_flwr.export import assemble, export_model
 from fomoe_flwr.federation.strategy import FoMoEStrategy, RoundRecord, RunIdentity
@@ -81,7 +91,6 @@ class Server:
             self.tokenizer.save_pretrained(self.run.tokenizer)
         self.identity = RunIdentity(self.run_key, json_text, tokenizer_digest(json_text))
         self.tracker = Tracker(self.run)
-        self._round_started = time.monotonic()
 
     def serve(self, grid: Grid) -> None:
         """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
@@ -100,7 +109,6 @@ class Server:
             self._write_summary("running")
             if self.rounds_done == 0:
                 self._evaluate_start()
-            self._round_started = time.monotonic()
             strategy.start(grid)
             self._finish()
         except BaseException as error:
@@ -138,8 +146,7 @@ class Server:
         if server_round % settings.checkpoint.every == 0 or is_last:
             self._save()
         row["round/checkpoint_seconds"] = time.monotonic() - started
-        row["round/seconds"] = time.monotonic() - self._round_started
-        self._round_started = time.monotonic()
+        row["round/seconds"] = time.monotonic() - record.started
         row["tokens"] = self.totals["tokens"]
         self.run.add_layout(server_round, record.layout.residents)
         self.tracker.log(row)

@@ -21,6 +21,7 @@ from torch import Tensor
 from fomoe_flwr import __version__
 from fomoe_flwr.aggregation import HolderMean
 from fomoe_flwr.config import Settings, one_line
+from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.wire import TaskHeader, WireError
 from fomoe_flwr.layout import Layout, draw_layout
@@ -32,7 +33,7 @@ REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction",
 """Metrics that a reply must carry; `balance_loss` and the fresh-state counts are welcome."""
 
 
-class FederationError(RuntimeError):
+class FederationError(RunError):
     """A federation that cannot begin or go on; the text says who is missing and why."""
 
 
@@ -51,6 +52,7 @@ class RoundRecord:
 
     server_round: int
     layout: Layout
+    started: float = field(default_factory=time.monotonic)
     replies: dict[int, dict[str, float]] = field(default_factory=dict)
     """Metrics of every worker whose reply was folded."""
     failures: dict[int, str] = field(default_factory=dict)
@@ -122,11 +124,19 @@ class FoMoEStrategy(Strategy):
     def summary(self) -> None:
         """Log what this strategy is about to do."""
         layout, outer = self.settings.layout, self.settings.outer
-        log(INFO, "\t├──> workers: %s, overlap: %s (%s)", layout.num_workers, layout.overlap, layout.kind)
+        log(
+            INFO,
+            "\t├──> workers: %s, overlap: %s (%s)",
+            layout.num_workers,
+            layout.overlap,
+            layout.kind,
+        )
         log(INFO, "\t├──> routing: %s", self.settings.model.routing)
-        log(INFO, "\t└──> outer step: %s (lr=%s, momentum=%s)", outer.name, outer.lr, outer.momentum)
+        log(
+            INFO, "\t└──> outer step: %s (lr=%s, momentum=%s)", outer.name, outer.lr, outer.momentum
+        )
 
-    def start(  # noqa: PLR0913 - the signature is Flower's
+    def start(
         self,
         grid: Grid,
         initial_arrays: ArrayRecord | None = None,

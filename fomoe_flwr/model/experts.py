@@ -9,9 +9,11 @@ and no activation memory; transformers' own expert-parallel path drops them insi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
 
 IMPLEMENTATION = "fomoe"
@@ -45,9 +47,7 @@ def resident_experts(
     return torch.zeros_like(x_TD).index_add(0, token_N, y_ND.to(x_TD.dtype))
 
 
-def _forward(
-    module: nn.Module, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def _forward(module: Any, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     slot_of_expert = getattr(module, "slot_of_expert", None)
     slot_TK = top_k_index if slot_of_expert is None else slot_of_expert[top_k_index]
     gate_up, down = module.gate_up_proj, module.down_proj

@@ -9,8 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from fomoe_flwr.config import ModelSettings
 
@@ -24,15 +30,16 @@ def _olmoe(model: ModelSettings, common: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _qwen3_moe(model: ModelSettings, common: dict[str, Any]) -> PreTrainedConfig:
+    head_size: dict[str, Any] = {"head_dim": model.hidden_size // model.num_heads}
     return Qwen3MoeConfig(
         **common,
+        **head_size,
         # Every layer is sparse, so the dense width is never used; it must still be a number.
         intermediate_size=model.expert_size,
         moe_intermediate_size=model.expert_size,
         num_experts=model.num_experts,
         decoder_sparse_step=1,
         mlp_only_layers=[],
-        head_dim=model.hidden_size // model.num_heads,
         use_sliding_window=False,
     )
 

@@ -8,6 +8,7 @@ cut to `[R, ...]` there, and only then does memory appear. Which parameters are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,9 @@ def build_model(
     """
     register()
     with torch.device("meta"):
-        built = model_class(model.family)._from_config(config, experts_implementation=IMPLEMENTATION)
+        built = model_class(model.family)._from_config(
+            config, experts_implementation=IMPLEMENTATION
+        )
     if residents is not None:
         _cut(built, model, residents)
     with torch.random.fork_rng(devices=[]):
@@ -53,7 +56,7 @@ def build_model(
     return built
 
 
-def moe_blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+def moe_blocks(model: nn.Module) -> Iterator[tuple[int, Any]]:
     """Yield (layer, block) for every layer that has a router `gate` and `experts`."""
     for name, module in model.named_modules():
         if hasattr(module, "gate") and hasattr(module, "experts"):
@@ -89,7 +92,7 @@ def _initialise(model: PreTrainedModel, empty: bool) -> None:
         # Rotary tables are buffers that initialisation would have filled: parameters are marked
         # as done, so that only those are.
         for parameter in model.parameters():
-            parameter._is_hf_initialized = True
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()
 
 

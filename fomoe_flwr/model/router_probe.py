@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class RouterProbe:
             return torch.zeros(())
         return torch.stack(losses).mean()
 
-    def _listener(self, layer: int, block: nn.Module) -> Callable[..., None]:
+    def _listener(self, layer: int, block: Any) -> Callable[..., None]:
         slots = getattr(block.experts, "slot_of_expert", None)
         held = torch.arange(self.num_experts)
         if self.residents is not None and slots is None:

@@ -1,0 +1,26 @@
+"""Shared by the data tests: offline, one small tokenizer, one way to make settings."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from fomoe_flwr.config import DataSettings
+from fomoe_flwr.data.corpus import Document, read_documents
+from fomoe_flwr.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def embedded_train() -> list[Document]:
+    return read_documents(DataSettings(), "train")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(embedded_train: list[Document]) -> PreTrainedTokenizerFast:
+    return train_tokenizer([d.text for d in embedded_train[::20]], 600)
