@@ -28,11 +28,15 @@ class HolderMean:
         """[num_layers, num_experts] summed weight of the replies that held the expert."""
 
     def fold(self, shared: Tensor, experts: Tensor, residents: Residents, weight: float) -> None:
-        """Add one worker's pseudo-gradient (flat fp32 vectors) with a positive weight."""
+        """Add one worker's pseudo-gradient (flat fp32 vectors) with a positive weight.
+
+        Raises ValueError, before anything changes, for another weight and for a wrong size.
+        """
         if not weight > 0:
             raise ValueError(f"a reply's weight must be > 0 (got {weight})")
         rows = [torch.tensor(held, dtype=torch.long) for held in residents]
         pieces = self.spec.split_experts(experts, residents)
+        self.spec.split_shared(shared)
         self.shared_weight += weight
         self.shared += (shared - self.shared) * (weight / self.shared_weight)
         for layer, held in enumerate(rows):

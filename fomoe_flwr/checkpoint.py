@@ -80,5 +80,5 @@ def load_latest(folder: Path) -> Checkpoint:
             outer=load_file(source / "outer.safetensors"),
             state=state,
         )
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read the checkpoint {source}: {one_line(error)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ _EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 done, 1 failed, 2 refused)."""
     options = _parser().parse_args(arguments)
+    # So that `finally` runs, and the processes that a run started end with it.
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -36,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _terminate(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,12 +103,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _absolute(settings: Settings) -> Settings:
-    """Name the output directory, from the working directory of this command."""
+    """Name the output directory, the text and the tokenizer, from the working directory of this command."""
     from fomoe_flwr.run_directory import default_output_dir
 
     chosen = Path(settings.output_dir) if settings.output_dir else None
     path = chosen or default_output_dir(settings, Path("outputs"))
     settings.output_dir = str(path.expanduser().resolve())
+    for key in ("path", "tokenizer"):
+        if given := getattr(settings.data, key):
+            setattr(settings.data, key, str(Path(given).expanduser().resolve()))
     return settings
 
 

@@ -107,7 +107,7 @@ class LocalSettings:
 
     steps: int = _number(32, at_least=1)
     optimizer: str = _choice("adamw", "adamw", "sgd")
-    lr: float = _number(2e-3, above=0)
+    lr: float = _number(4e-3, above=0)
     warmup_steps: int = _number(32, at_least=0)
     schedule: str = _choice("cosine", "constant", "cosine")
     min_lr_ratio: float = _number(0.1, at_least=0, at_most=1)
@@ -407,7 +407,8 @@ def _composed(overrides: list[str]) -> Settings:
             composed = compose("config", overrides=overrides)
     except MissingConfigException as error:
         raise _unknown_choice(error) from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # Hydra's own refusal of a group that is no name (`local=5`) is a bare ValueError.
         raise _override_error(error) from error
     finally:
         GlobalHydra.instance().clear()

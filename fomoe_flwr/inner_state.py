@@ -50,22 +50,28 @@ class InnerState:
             self._ages = [torch.zeros(len(r), dtype=torch.long) for r in self.residents]
 
     def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """Take one optimizer step; scale the update of experts younger than the worker."""
+        """Take one optimizer step; give experts younger than the worker the step of their age."""
         corrected = self._corrections()
-        before = {p: p.detach()[rows].clone() for p, rows, _ in corrected}
+        before = {p: p.detach()[rows].clone() for p, rows, _, _ in corrected}
         optimizer.step()
-        for parameter, rows, scale in corrected:
+        decay = {p: rate * g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        for parameter, rows, bias, warmup in corrected:
             start = before[parameter]
-            moved = parameter.detach()[rows]
             shape = (-1,) + (1,) * (parameter.dim() - 1)
+            bias, warmup = bias.to(start).view(shape), warmup.to(start).view(shape)
+            # Weight decay knows no bias correction: only Adam's own part is scaled by it.
+            adam = parameter.detach()[rows] - start * (1 - decay[parameter])
             with torch.no_grad():
-                parameter[rows] = start + (moved - start) * scale.to(moved).view(shape)
+                parameter[rows] = start + warmup * (bias * adam - decay[parameter] * start)
         self._steps += 1
         for ages in self._ages:
             ages += 1
 
-    def _corrections(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
-        """List (parameter, rows, factor) where a row's update differs from its parameter's."""
+    def _corrections(self) -> list[tuple[nn.Parameter, Tensor, Tensor, Tensor]]:
+        """List (parameter, rows, bias, warm-up) where a row's update differs from its parameter's.
+
+        Both factors multiply: `bias` what Adam adds, `warmup` the learning rate.
+        """
         if self.settings.optimizer != "adamw" or all(
             bool((ages == self._steps).all()) for ages in self._ages
         ):
@@ -75,14 +81,16 @@ class InnerState:
             if not is_expert_key(name, self.routing):
                 continue
             ages = self._ages[layer_of(name)]
-            factor = self._bias(ages + 1) / self._bias(ages.max()[None] + 1)
-            warmup = self.settings.fresh_expert_warmup_steps
-            if warmup:
-                young = (ages < self._steps) & (ages < warmup)
-                factor = torch.where(young, factor * (ages + 1) / warmup, factor)
-            rows = ((factor - 1).abs() > _NEGLIGIBLE).nonzero().flatten()
+            bias = self._bias(ages + 1) / self._bias(ages.max()[None] + 1)
+            warmup = torch.ones_like(bias)
+            num_warm = self.settings.fresh_expert_warmup_steps
+            if num_warm:
+                young = (ages < self._steps) & (ages < num_warm)
+                warmup = torch.where(young, (ages + 1) / num_warm, warmup)
+            off = (bias - 1).abs() + (warmup - 1).abs()
+            rows = (off > _NEGLIGIBLE).nonzero().flatten()
             if len(rows):
-                found.append((parameter, rows, factor[rows]))
+                found.append((parameter, rows, bias[rows], warmup[rows]))
         return found
 
     def _bias(self, steps: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import platform
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fomoe_flwr.run_directory import RunDirectory
 _WIDTH = 110
 
 
+@cache
 def environment() -> dict[str, str]:
     """Return what a number must be quoted with: versions, machine, commit."""
     return {

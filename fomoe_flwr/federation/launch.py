@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from fomoe_flwr.config import Settings, SettingsError
+from fomoe_flwr.federation.run_config import quoted
 from fomoe_flwr.files import save_text
 from fomoe_flwr.run_directory import RunDirectory
 
@@ -33,7 +34,7 @@ _CONNECTION = "fomoe"
 def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
     """Run on the simulation engine; return whether all rounds were done.
 
-    `overrides` are those that gave `settings`; the output directory is added to them.
+    `overrides` are those that gave `settings`.
     """
     root = project_root()
     run = RunDirectory(Path(settings.output_dir))
@@ -45,10 +46,7 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
         f'address = "127.0.0.1:{port}"\ninsecure = true\n',
         home / "config.toml",
     )
-    words = [word for word in overrides if not word.startswith(("output_dir=", "engine="))]
-    if not settings.resume:
-        words.append(f"output_dir={settings.output_dir}")
-    words.append("engine=flower")
+    words = words_for(settings, overrides)
     run_config = home / "run_config.toml"
     save_text(
         f"overrides = {_toml(shlex.join(words))}\nstate-dir = {_toml(str(run.workers))}\n",
@@ -81,6 +79,25 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
         _stop(link)
     summary = run.read_summary()
     return summary.get("status") == "completed" and summary.get("rounds_done") == settings.rounds
+
+
+def words_for(settings: Settings, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of the run: those given, with paths that hold in any process."""
+    paths = (
+        {"resume": settings.resume}
+        if settings.resume
+        else {
+            "output_dir": settings.output_dir,
+            "data.path": settings.data.path,
+            "data.tokenizer": settings.data.tokenizer,
+        }
+    )
+    named = ("engine=", *(f"{key}=" for key in paths))
+    return [
+        *(word for word in overrides if not word.startswith(named)),
+        *(f"{key}={quoted(path)}" for key, path in paths.items()),
+        "engine=flower",
+    ]
 
 
 def project_root() -> Path:

@@ -28,6 +28,13 @@ EVERYDAY = {
 """Run-config key -> setting."""
 
 
+def quoted(value: object) -> str:
+    """Write a value for Hydra's grammar: text is quoted, so that a path may hold anything."""
+    if not isinstance(value, str):
+        return str(value)
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def settings_of(run_config: Mapping[str, object]) -> Settings:
     """Compose the settings of a run config; unset keys are "" or -1.
 
@@ -35,7 +42,7 @@ def settings_of(run_config: Mapping[str, object]) -> Settings:
     directory is that of whoever started the SuperLink.
     """
     overrides = [
-        f"{setting}={run_config[key]}"
+        f"{setting}={quoted(run_config[key])}"
         for key, setting in EVERYDAY.items()
         if run_config.get(key, "") not in ("", -1)
     ]

@@ -142,13 +142,14 @@ class Server:
         for key in ("comm/bytes_up", "comm/bytes_down"):
             self.totals[key] += row[key]
         self.totals["tokens"] += row["train/tokens"]
-        started = time.monotonic()
-        if server_round % settings.checkpoint.every == 0 or is_last:
-            self._save()
-        row["round/checkpoint_seconds"] = time.monotonic() - started
-        row["round/seconds"] = time.monotonic() - record.started
         row["tokens"] = self.totals["tokens"]
         self.run.add_layout(server_round, record.layout.residents)
+        started = time.monotonic()
+        row["round/seconds"] = started - record.started
+        if server_round % settings.checkpoint.every == 0 or is_last:
+            self._save(row)
+        row["round/checkpoint_seconds"] = time.monotonic() - started
+        row["round/seconds"] = time.monotonic() - record.started
         self.tracker.log(row)
         self._write_summary("running")
         report.print_round(row, settings.rounds)
@@ -166,11 +167,12 @@ class Server:
             self.run.samples.mkdir(exist_ok=True)
             save_text(text + "\n", self.run.samples / f"round-{server_round:06d}.txt")
 
-    def _save(self) -> None:
+    def _save(self, row: Mapping[str, Any]) -> None:
         state = {
             "run_key": self.run_key,
             "spec_digest": self.spec.digest(),
             "totals": self.totals,
+            "row": row,
         }
         checkpoint = Checkpoint(self.rounds_done, self.state, self.outer.tensors(), state)
         self.run.checkpoints.mkdir(exist_ok=True)
@@ -191,6 +193,10 @@ class Server:
         self.totals = dict(checkpoint.state["totals"])
         self.run_key = str(checkpoint.state["run_key"])
         self.run.forget_rounds_after(self.rounds_done)
+        rows = self.run.read_metrics()
+        if not rows or rows[-1]["round"] != self.rounds_done:
+            # The run was killed between its checkpoint and its line.
+            self.run.append_metrics(checkpoint.state["row"])
 
     def _finish(self) -> None:
         exported = assemble(self.settings, self.state, self.tokenizer)

@@ -107,6 +107,7 @@ class FoMoEStrategy(Strategy):
         self.keep_rounds = keep_rounds
         self.worker_of_node: dict[int, int] = {}
         self._refused: dict[int, str] = {}
+        self._asked: dict[str, int] = {}
         self._round = RoundRecord(0, self.layout(max(1, first_round)))
         self._sent: dict[str, int] = {}
 
@@ -156,7 +157,7 @@ class FoMoEStrategy(Strategy):
         log(INFO, "Starting %s:", type(self).__name__)
         self.summary()
         last = self.settings.rounds if num_rounds is None else num_rounds
-        self._meet(grid, patience=self.settings.federation.node_wait_seconds)
+        self._gather(grid)
         if missing := self._missing_workers():
             raise FederationError(self._explain_missing(missing))
         for server_round in range(self.first_round, last + 1):
@@ -184,7 +185,7 @@ class FoMoEStrategy(Strategy):
     ) -> Iterable[Message]:
         """Make one message per worker that has a node: shared parameters plus its residents."""
         del arrays, config
-        self._meet(grid, patience=0.0)
+        self._meet(grid)
         layout = self.layout(server_round)
         self._round = RoundRecord(server_round, layout)
         nodes = {worker: node for node, worker in self.worker_of_node.items()}
@@ -311,20 +312,41 @@ class FoMoEStrategy(Strategy):
             if reply is not None:
                 yield reply
 
-    def _meet(self, grid: Grid, patience: float) -> None:
-        """Learn which node plays which worker, until all are there or patience ends."""
-        deadline = time.monotonic() + patience
+    def _gather(self, grid: Grid) -> None:
+        """Meet nodes until every worker has one, or those that are there have all answered."""
+        limits = self.settings.federation
+        started = time.monotonic()
         while True:
-            alive = set(grid.get_node_ids())
-            self.worker_of_node = {n: w for n, w in self.worker_of_node.items() if n in alive}
-            strangers = sorted(alive - set(self.worker_of_node) - set(self._refused))
-            if strangers and self._missing_workers():
-                self._query(grid, strangers)
-            if not self._missing_workers() or time.monotonic() >= deadline:
+            self._meet(grid)
+            waited = time.monotonic() - started
+            # A node that was asked may be tokenising its text: that takes what it takes.
+            limit = limits.round_timeout_seconds if self._asked else limits.node_wait_seconds
+            if not self._missing_workers() or waited >= limit:
                 return
             time.sleep(_POLL_SECONDS)
 
-    def _query(self, grid: Grid, nodes: list[int]) -> None:
+    def _meet(self, grid: Grid) -> None:
+        """Ask new nodes which worker they play, and seat those that have answered."""
+        alive = set(grid.get_node_ids())
+        if {*self.worker_of_node, *self._refused} - alive:
+            # A seat is free for a node that found it taken, or a node may come back mended.
+            self._refused.clear()
+        self.worker_of_node = {n: w for n, w in self.worker_of_node.items() if n in alive}
+        self._asked = {i: n for i, n in self._asked.items() if n in alive}
+        known = {*self.worker_of_node, *self._refused, *self._asked.values()}
+        strangers = sorted(alive - known)
+        if strangers and self._missing_workers():
+            self._asked |= self._query(grid, strangers)
+        for message_id, node in list(self._asked.items()):
+            for reply in grid.pull_messages([message_id]):
+                del self._asked[message_id]
+                try:
+                    self._seat(node, reply)
+                except WireError as error:
+                    self._refused[node] = one_line(error)
+                    log(WARNING, "node %s cannot take part: %s", node, self._refused[node])
+
+    def _query(self, grid: Grid, nodes: list[int]) -> dict[str, int]:
         setup = {
             "version": __version__,
             "settings": self.settings.to_dict(),
@@ -333,19 +355,9 @@ class FoMoEStrategy(Strategy):
         }
         content = RecordDict({wire.SETUP: wire.json_record(setup)})
         ttl = self.settings.federation.round_timeout_seconds
-        sent = _push(grid, [Message(content, n, MessageType.QUERY, ttl=ttl) for n in nodes])
-        deadline = time.monotonic() + ttl
-        for message_id, node in sent.items():
-            reply = _wait(grid, message_id, deadline)
-            try:
-                self._seat(node, reply)
-            except WireError as error:
-                self._refused[node] = one_line(error)
-                log(WARNING, "node %s cannot take part: %s", node, self._refused[node])
+        return _push(grid, [Message(content, n, MessageType.QUERY, ttl=ttl) for n in nodes])
 
-    def _seat(self, node: int, reply: Message | None) -> None:
-        if reply is None:
-            raise WireError("no answer to the query")
+    def _seat(self, node: int, reply: Message) -> None:
         if reply.has_error():
             raise WireError(f"{reply.error.reason} (Flower error {reply.error.code})")
         wanted = wire.json_in(reply.content, wire.SETUP).get("worker")

@@ -8,6 +8,7 @@ held to them. Everything read from a peer is checked before use.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,10 +117,34 @@ class TaskHeader:
         fields = json_in(content, TASK)
         try:
             header = cls(**fields)
-            residents = tuple(tuple(int(e) for e in layer) for layer in header.residents)
-            return cls(**{**fields, "residents": residents})
-        except (TypeError, ValueError) as error:
+        except TypeError as error:
             raise WireError(f"task header is malformed: {error}") from error
+        for name in ("spec_digest", "tokenizer_digest", "run_key", "layout_digest"):
+            _expect(name, isinstance(fields[name], str), "a string")
+        for name in ("worker", "server_round"):
+            _expect(name, _is_count(fields[name]), "an integer >= 0")
+        _expect("settings", isinstance(header.settings, dict), "an object")
+        _expect("keep_rounds", _are_counts(header.keep_rounds), "a list of integers >= 0")
+        residents = header.residents
+        _expect(
+            "residents",
+            isinstance(residents, list) and all(_are_counts(layer) for layer in residents),
+            "a list of lists of integers >= 0",
+        )
+        return cls(**{**fields, "residents": tuple(tuple(layer) for layer in residents)})
+
+
+def _expect(name: str, is_right: bool, wanted: str) -> None:
+    if not is_right:
+        raise WireError(f"task header is malformed: {name} must be {wanted}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_count(item) for item in value)
 
 
 def json_record(fields: Mapping[str, Any]) -> ConfigRecord:
@@ -135,7 +160,7 @@ def json_in(content: RecordDict, name: str) -> dict[str, Any]:
         raise WireError(f"needs the record {name!r} (got {sorted(content)})")
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
         raise WireError(f"record {name!r} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise WireError(f"record {name!r} is not a JSON object")
@@ -143,14 +168,14 @@ def json_in(content: RecordDict, name: str) -> dict[str, Any]:
 
 
 def metrics_in(content: RecordDict, required: Sequence[str]) -> dict[str, float]:
-    """Read finite scalar metrics. Raises WireError when one is missing or not finite."""
+    """Read the scalar metrics. Raises WireError when one is missing, or any is not finite."""
     record = content.metric_records.get(METRICS)
     if record is None:
         raise WireError(f"needs the record {METRICS!r} (got {sorted(content)})")
     metrics = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
-    for key in required:
+    for key in sorted({*required, *metrics}):
         value = metrics.get(key)
-        if value is None or value != value or value in (float("inf"), float("-inf")):
+        if value is None or not math.isfinite(value):
             raise WireError(f"metric {key}={value} must be a finite number")
     return metrics
 
