@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _absolute(settings: Settings) -> Settings:
-    """Name the output directory, the text and the tokenizer, from the working directory of this command."""
+    """Make every path absolute, from the working directory of this command."""
     from fomoe_flwr.run_directory import default_output_dir
 
     chosen = Path(settings.output_dir) if settings.output_dir else None
