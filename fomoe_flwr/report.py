@@ -168,34 +168,37 @@ def draw_loss(run: RunDirectory) -> Path:
 
     rows = run.read_metrics()
     summary = run.read_summary()
-    tokens = [row["tokens"] for row in rows]
-    sent, total = [], 0
+    untrained = summary.get("eval/loss_untrained")
+    start = [(0.0, untrained)] if untrained is not None else []
+    tokens: list[float] = []
+    sent: list[float] = []
     for row in rows:
-        total += row["comm/bytes_up"] + row["comm/bytes_down"]
-        sent.append(total / 2**20)
+        moved = (row["comm/bytes_up"] + row["comm/bytes_down"]) / 2**20
+        sent.append(moved + (sent[-1] if sent else 0.0))
+        tokens.append(row["tokens"] / 1e6)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, x, label in zip(
-        figure.subplots(1, 2, sharey=True),
-        (tokens, sent),
-        ("training tokens, all workers", "MiB on the wire, up and down"),
-        strict=True,
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, x, label in (
+        (left, tokens, "million training tokens, all workers"),
+        (right, sent, "MiB on the wire, up and down, all workers"),
     ):
         seen = [(a, row["eval/loss"]) for a, row in zip(x, rows, strict=True) if "eval/loss" in row]
-        axis.plot(x, [row["train/loss"] for row in rows], ".--", color="#999999", label="training")
-        axis.plot(
-            *zip(*seen, strict=True), "o-", color="#0072B2", label="held out, assembled model"
-        )
+        axis.plot(x, [row["train/loss"] for row in rows], ".--", color="#888888", label="training")
+        axis.plot(*zip(*start, *seen, strict=True), "o-", color="#0072B2", label="held out")
         if "eval/unigram_entropy" in summary:
             axis.axhline(
-                summary["eval/unigram_entropy"], color="#D55E00", ls=":", label="unigram entropy"
+                summary["eval/unigram_entropy"],
+                color="#D55E00",
+                linestyle=":",
+                label="unigram entropy of the held-out text",
             )
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("loss, nats per token")
-    figure.axes[0].legend(frameon=False)
-    figure.suptitle(run.path.name, x=0.01, ha="left", fontsize=10)
+    left.set_ylabel("loss, nats per token")
+    left.legend(frameon=False)
+    figure.suptitle(f"{run.path.name}: loss of the assembled model")
     path = run.plots / "loss.png"
     figure.savefig(path, dpi=130)
     return path
