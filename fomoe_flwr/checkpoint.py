@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fomoe_flwr.config import one_line
 from fomoe_flwr.errors import InputError
-from fomoe_flwr.files import replace_folder, save_text
+from fomoe_flwr.files import remove_drafts, replace_folder, save_text
 
 
 class CheckpointError(InputError):
@@ -53,6 +53,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         state = {"round": checkpoint.server_round, **checkpoint.state}
         (draft / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
+    remove_drafts(folder)
     replace_folder(target, fill)
     save_text(target.name + "\n", folder / "latest")
     for old in stored_rounds(folder)[:-keep]:

@@ -38,12 +38,23 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
         for item in draft.rglob("*"):
             if item.is_file():
                 _flush(item)
+        old = _draft_of(path)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(old)
         draft.rename(path)
         _flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what writers that were killed left behind; for the folder's only writer."""
+    for draft in folder.glob(".*.draft"):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

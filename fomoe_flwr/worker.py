@@ -56,7 +56,7 @@ class RoundResult:
 def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundResult:
     """Train one round and return the pseudo-gradient, received minus trained weights.
 
-    The inner state is read from `state_dir` (that of the previous round) and written there under
+    The inner state is read from `state_dir` (the newest before this round) and written there under
     this round's number, so that a repeated round starts from the same place.
     """
     settings, local = task.settings, task.settings.local
@@ -73,8 +73,8 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
         inner = InnerState(model, local, settings.model.routing_mode, task.residents)
         first_step = (task.server_round - 1) * local.steps
         batches = open_batches(first_step * local.accumulate)
-        if task.server_round > 1:
-            inner.restore(optimizer, _state_file(task.state_dir, task.server_round - 1))
+        if stored := _newest_before(task.state_dir, task.server_round):
+            inner.restore(optimizer, stored)
         if inner.cursor:
             batches.restore(inner.cursor)
         probe = RouterProbe(model, settings.model.num_experts, task.residents)
@@ -112,6 +112,14 @@ def pick_device(name: str) -> torch.device:
 
 def _state_file(state_dir: Path, server_round: int) -> Path:
     return state_dir / f"round-{server_round:06d}.safetensors"
+
+
+def _newest_before(state_dir: Path, server_round: int) -> Path | None:
+    """Return the last state that this worker stored: of the round before, unless it missed one."""
+    limit = _state_file(state_dir, server_round).name
+    names = sorted(item.name for item in state_dir.glob("round-*.safetensors"))
+    earlier = [name for name in names if name < limit]
+    return state_dir / earlier[-1] if earlier else None
 
 
 def _forget(state_dir: Path, keep: set[int]) -> None:

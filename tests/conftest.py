@@ -1,0 +1,33 @@
+"""Shared by all tests: one thread, a small text, and nothing in the user's cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch is imported: tiny tensors gain nothing from threads that fight over a few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from fomoe_flwr.config import DataSettings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the whole session, subprocesses included, one cache folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a text file of 80,000 characters, tokenised in no time."""
+    from fomoe_flwr.data.corpus import read_documents
+
+    path = tmp_path_factory.mktemp("text") / "some.txt"
+    text = "\n\n".join(document.text for document in read_documents(DataSettings(), "validation"))
+    path.write_text(text[:80_000], encoding="utf-8")
+    return path

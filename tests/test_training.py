@@ -1,0 +1,261 @@
+"""Local training: the schedule, what decays, accumulation, and when it gives up."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fomoe_flwr.config import LocalSettings, ModelSettings
+from fomoe_flwr.inner_state import InnerState
+from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.residency import build_model
+from fomoe_flwr.model.router_probe import RouterProbe
+from fomoe_flwr.model.state import state_of
+from fomoe_flwr.routing import RoutingMode
+from fomoe_flwr.training import (
+    LocalReport,
+    TrainingError,
+    learning_rate,
+    make_optimizer,
+    token_loss,
+    train,
+)
+
+SHAPE = ModelSettings(
+    num_layers=2,
+    hidden_size=16,
+    expert_size=8,
+    num_heads=2,
+    num_kv_heads=1,
+    num_experts=4,
+    top_k=2,
+    vocab_size=260,
+    init_std=0.3,
+)
+RESIDENTS = ((0, 2), (1, 2, 3))
+LOCAL = LocalSettings(
+    steps=2,
+    optimizer="sgd",
+    lr=0.1,
+    warmup_steps=0,
+    schedule="constant",
+    grad_clip=0.0,
+    balance_loss=0.0,
+)
+WINDOWS = torch.randint(0, 260, (4, 4, 9), generator=torch.Generator().manual_seed(0))
+
+
+class Given:
+    """Batches that serve the given ones in order."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches, self.position = batches, 0
+
+    def next_batch(self) -> Tensor:
+        self.position += 1
+        return self.batches[self.position - 1]
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def model_of(shape: ModelSettings = SHAPE) -> PreTrainedModel:
+    return build_model(shape, transformers_config(shape, 8), RESIDENTS, seed=1)
+
+
+def run(
+    model: nn.Module, local: LocalSettings, batches: list[Tensor], first_step: int = 0
+) -> LocalReport:
+    probe = RouterProbe(model, SHAPE.num_experts, RESIDENTS)
+    report = train(
+        model,
+        probe,
+        make_optimizer(model, local),
+        InnerState(model, local, RoutingMode.SKIP_TOKEN, RESIDENTS),
+        Given(batches),
+        local,
+        first_step=first_step,
+        total_steps=100,
+        device=torch.device("cpu"),
+    )
+    probe.close()
+    return report
+
+
+def assert_close(got: nn.Module, want: nn.Module, atol: float) -> None:
+    expected = state_of(want)
+    for key, value in state_of(got).items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (4, 1.0), (9, 0.55), (14, 0.1), (99, 0.1)],
+)
+def test_cosine_schedule_warms_up_and_ends_at_its_minimum(step: int, expected: float) -> None:
+    local = LocalSettings(lr=1.0, warmup_steps=4, schedule="cosine", min_lr_ratio=0.1)
+    assert learning_rate(local, step, 14) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.01), (1, 0.02), (2, 0.02), (10**6, 0.02)])
+def test_constant_schedule_warms_up_and_stays(step: int, expected: float) -> None:
+    local = LocalSettings(lr=0.02, warmup_steps=2, schedule="constant")
+    assert learning_rate(local, step, 14) == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_warm_up_starts_at_the_full_rate() -> None:
+    local = LocalSettings(lr=0.02, warmup_steps=0, schedule="cosine", min_lr_ratio=0.0)
+    assert learning_rate(local, 0, 8) == 0.02
+    assert learning_rate(local, 4, 8) == pytest.approx(0.01)
+    assert learning_rate(local, 8, 8) == 0.0
+
+
+def test_a_warm_up_longer_than_the_run_never_divides_by_zero() -> None:
+    local = LocalSettings(lr=1.0, warmup_steps=10, schedule="cosine", min_lr_ratio=0.1)
+    assert learning_rate(local, 4, 5) == 0.5
+    assert math.isfinite(learning_rate(local, 10, 5))
+
+
+def test_the_rate_follows_the_step_of_the_whole_run() -> None:
+    local = replace(LOCAL, steps=1, warmup_steps=4)
+    for first_step in range(6):
+        model, expected = model_of(), model_of()
+        report = run(model, local, [WINDOWS[0]], first_step)
+        assert report.lr == pytest.approx(0.1 * min(1.0, (first_step + 1) / 4))
+        token_loss(expected.train(), WINDOWS[0]).backward()
+        with torch.no_grad():
+            for parameter in expected.parameters():
+                parameter -= report.lr * parameter.grad
+        assert_close(model, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weight_decay_touches_attention_and_experts_only(
+    optimizer: str, family: str, tied: bool
+) -> None:
+    model = model_of(replace(SHAPE, family=family, tie_embeddings=tied))
+    local = LocalSettings(optimizer=optimizer, lr=0.1, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    made = make_optimizer(model, local)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    shrunk = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    leaves = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"]
+    leaves += ["self_attn.o_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert shrunk == {f"model.layers.{layer}.{leaf}" for layer in range(2) for leaf in leaves}
+    for name in shrunk:
+        got = model.get_parameter(name).detach()
+        torch.testing.assert_close(got, before[name] * (1 - 0.1 * 0.5), rtol=1e-6, atol=0)
+
+
+def test_every_parameter_is_optimised_once() -> None:
+    model = model_of()
+    made = make_optimizer(model, LocalSettings(weight_decay=0.1))
+    held = [id(p) for group in made.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_two_half_batches_accumulated_equal_one_batch(steps: int) -> None:
+    halves, whole = model_of(), model_of()
+    run(
+        halves,
+        replace(LOCAL, steps=steps, accumulate=2),
+        [half for batch in WINDOWS for half in batch.split(2)],
+    )
+    run(whole, replace(LOCAL, steps=steps), list(WINDOWS))
+    assert_close(halves, whole, atol=1e-6)
+    assert any(
+        not torch.allclose(p, q)
+        for p, q in zip(halves.parameters(), model_of().parameters(), strict=True)
+    )
+
+
+def test_clipping_bounds_the_whole_gradient() -> None:
+    model, start = model_of(), model_of()
+    report = run(model, replace(LOCAL, steps=1, grad_clip=0.01), [WINDOWS[0]])
+    moved = [p - q for p, q in zip(model.parameters(), start.parameters(), strict=True)]
+    norm = torch.cat([m.detach().flatten() for m in moved]).norm().item()
+    assert norm == pytest.approx(0.1 * 0.01, rel=1e-3)
+    assert report.grad_norm > 0.01
+
+
+def test_the_balance_loss_is_added_with_its_weight() -> None:
+    model, expected = model_of(), model_of().train()
+    report = run(model, replace(LOCAL, steps=1, balance_loss=0.5), [WINDOWS[0]])
+    probe = RouterProbe(expected, SHAPE.num_experts, RESIDENTS)
+    loss = token_loss(expected, WINDOWS[0])
+    balance = probe.balance_loss()
+    (loss + 0.5 * balance).backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= 0.1 * parameter.grad
+    assert_close(model, expected, atol=1e-7)
+    assert report.loss == pytest.approx(loss.item())
+    assert report.balance_loss == pytest.approx(balance.item())
+
+
+def test_token_loss_is_the_mean_over_all_predicted_tokens() -> None:
+    model = model_of()
+    logits = model(input_ids=WINDOWS[0][:, :-1], use_cache=False).logits
+    nats = [
+        -logits[b, s].log_softmax(-1)[WINDOWS[0][b, s + 1]].item()
+        for b in range(4)
+        for s in range(8)
+    ]
+    assert token_loss(model, WINDOWS[0]).item() == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_report_counts_tokens_and_means_losses(accumulate: int) -> None:
+    model = model_of()
+    frozen = copy.deepcopy(model).train()
+    local = replace(LOCAL, lr=1e-12, accumulate=accumulate)
+    report = run(model, local, list(WINDOWS))
+    losses = [token_loss(frozen, batch).item() for batch in WINDOWS[: 2 * accumulate]]
+    assert report.tokens == 2 * accumulate * 4 * 8
+    assert report.routing.tokens == report.tokens
+    assert report.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    last = losses[-accumulate:]
+    assert report.last_loss == pytest.approx(sum(last) / accumulate, rel=1e-5)
+    assert report.tokens_per_second == pytest.approx(report.tokens / report.seconds)
+
+
+def test_training_leaves_no_gradient_behind() -> None:
+    model = model_of()
+    run(model, LOCAL, list(WINDOWS))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_loss_that_is_not_finite_names_step_and_keys() -> None:
+    model = model_of()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"nan at step 17: lower local\.lr=0\.1 or local\.gr"):
+        run(model, LOCAL, list(WINDOWS), first_step=17)
+
+
+def test_a_divergence_in_the_middle_names_its_first_step() -> None:
+    model, calls = model_of(), []
+
+    def poison(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        calls.append(len(calls))
+        return output * (torch.nan if calls[-1] >= 2 else 1.0)
+
+    model.lm_head.register_forward_hook(poison)
+    with pytest.raises(TrainingError, match="at step 42: ") as caught:
+        run(model, replace(LOCAL, steps=4), list(WINDOWS), first_step=40)
+    assert "\n" not in str(caught.value)
