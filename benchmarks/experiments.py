@@ -1,83 +1,136 @@
-"""Run FoMoE and its baselines on the same text, seed and number of tokens; print one table.
+"""Run FoMoE and its baselines on the same text and number of tokens; print one table.
 
-    python benchmarks/experiments.py --json results/demo.json rounds=10
-    python benchmarks/experiments.py --only photon --only fomoe-overlap-2 preset=tiny
+    python benchmarks/experiments.py --seeds 3 --json results/demo.json rounds=8
+    python benchmarks/experiments.py --only photon --only fomoe-half --jobs 2 preset=tiny
 
-Anything after the options is a Hydra override for every run. Runs go to `outputs/experiments/` and
-are skipped when they are already complete there, so a stopped series goes on.
+Anything after the options is a Hydra override for every run. Runs go to `--root` and are skipped
+when they are complete there, so a stopped series goes on. The table gives mean and spread (half of
+max - min) over seeds, at equal tokens (the end of the runs) and at equal bytes: the loss of each
+method, interpolated between rounds, when it has sent what the cheapest method sent in all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+PARTITIONED = "model.routing=partitioned"
 EXPERIMENTS = {
     # One worker in place of four: four times the batch gives the same tokens in the same steps.
     "centralised": ["experiment=centralised", "local.accumulate=4"],
     "photon": ["experiment=photon"],
     "diloco": ["experiment=diloco"],
-    "fomoe-overlap-2": ["experiment=fomoe", "layout.overlap=2"],
-    "fomoe-overlap-2-random": ["experiment=fomoe", "layout.overlap=2", "layout.kind=random"],
-    "fomoe-overlap-2-partitioned": [
-        "experiment=fomoe",
-        "layout.overlap=2",
-        "model.routing=partitioned",
-    ],
-    "fomoe-overlap-1": ["experiment=fomoe", "layout.overlap=1"],
+    "local-adamw": ["experiment=photon", "outer=local_adamw"],
+    "fomoe-half": ["experiment=fomoe", "layout.overlap=2"],
+    "fomoe-half-partitioned": ["experiment=fomoe", "layout.overlap=2", PARTITIONED],
+    "fomoe-half-local-adamw": ["experiment=fomoe", "layout.overlap=2", "outer=local_adamw"],
+    "fomoe-single": ["experiment=fomoe", "layout.overlap=1"],
+    "fomoe-single-partitioned": ["experiment=fomoe", "layout.overlap=1", PARTITIONED],
 }
 
 
-def run(name: str, overrides: list[str], root: Path) -> dict[str, object]:
-    """Train one experiment, unless it is done, and return its row."""
-    folder = root / name
-    summary_file = folder / "summary.json"
-    done = summary_file.is_file() and json.loads(summary_file.read_text())["status"] == "completed"
-    if not done:
-        command = [
-            sys.executable,
-            "-m",
-            "fomoe_flwr.cli",
-            "run",
-            *EXPERIMENTS[name],
-            *overrides,
-            f"output_dir={folder.resolve()}",
-        ]
-        subprocess.run(command, check=True)
-    summary = json.loads(summary_file.read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = rows[-1]
+def run(name: str, seed: int, overrides: Sequence[str], root: Path) -> dict[str, Any]:
+    """Train one experiment with one seed, unless it is done; return summary and rounds."""
+    folder = (root / f"{name}-seed{seed}").resolve()
+    summary = folder / "summary.json"
+    if not summary.is_file() or json.loads(summary.read_text())["status"] != "completed":
+        command = [sys.executable, "-m", "fomoe_flwr.cli", "run", *EXPERIMENTS[name], *overrides]
+        command += [f"seed={seed}", f"output_dir={folder}"]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    kept = ("round", "tokens", "eval/loss", "eval/bits_per_byte", "moe/ghost_fraction")
+    rounds, moved = [], 0
+    for row in map(json.loads, lines):
+        moved += row["comm/bytes_up"] + row["comm/bytes_down"]
+        rounds.append({key: row.get(key) for key in kept} | {"bytes": moved})
+    print(f"{name} seed {seed}: {rounds[-1]['eval/bits_per_byte']:.4f} bits/byte", flush=True)
     return {
         "experiment": name,
-        "parameters_per_worker": summary["params/resident"],
-        "mib_per_round": round((last["comm/bytes_up"] + last["comm/bytes_down"]) / 2**20, 1),
-        "tokens": summary["tokens"],
-        "ghost_share": round(last["moe/ghost_fraction"], 3),
-        "loss": round(last["eval/loss"], 4),
-        "bits_per_byte": round(last["eval/bits_per_byte"], 4),
-        "commit": summary["environment/commit"],
-        "machine": summary["environment/machine"],
+        "seed": seed,
+        "summary": json.loads(summary.read_text()),
+        "rounds": rounds,
     }
+
+
+def at_bytes(rounds: Sequence[dict[str, Any]], budget: float) -> float | None:
+    """Interpolate bits per byte at a number of bytes; None before the first evaluation."""
+    seen = [r for r in rounds if r["eval/bits_per_byte"] is not None]
+    for before, after in pairwise(seen):
+        if before["bytes"] <= budget <= after["bytes"]:
+            part = (budget - before["bytes"]) / (after["bytes"] - before["bytes"])
+            step = after["eval/bits_per_byte"] - before["eval/bits_per_byte"]
+            return float(before["eval/bits_per_byte"] + part * step)
+    return float(seen[-1]["eval/bits_per_byte"]) if seen[-1]["bytes"] <= budget else None
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return one row per experiment: means and spreads over seeds."""
+    names = list(dict.fromkeys(result["experiment"] for result in results))
+    federated = [r for r in results if r["experiment"] != "centralised"] or list(results)
+    budget = min(result["rounds"][-1]["bytes"] for result in federated)
+
+    def spread(values: Sequence[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        if not known:
+            return "-"
+        return f"{statistics.mean(known):.3f} ± {(max(known) - min(known)) / 2:.3f}"
+
+    rows = []
+    for name in names:
+        runs = [result for result in results if result["experiment"] == name]
+        last = [result["rounds"][-1] for result in runs]
+        rows.append(
+            {
+                "experiment": name,
+                "parameters per worker": f"{runs[0]['summary']['params/resident'] / 1e6:.2f}M",
+                "MiB in all": f"{last[0]['bytes'] / 2**20:.0f}",
+                "ghost share": f"{statistics.mean(row['moe/ghost_fraction'] for row in last):.1%}",
+                "loss": spread([row["eval/loss"] for row in last]),
+                "bits/byte": spread([row["eval/bits_per_byte"] for row in last]),
+                f"bits/byte at {budget / 2**20:.0f} MiB": (
+                    "(no network)"
+                    if name == "centralised"
+                    else spread([at_bytes(result["rounds"], budget) for result in runs])
+                ),
+            }
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", choices=EXPERIMENTS, default=None)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--root", type=Path, default=Path("outputs/experiments"))
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--from-json", type=Path, default=None, help="print a stored table")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
-    rows = [run(name, options.overrides, options.root) for name in options.only or EXPERIMENTS]
+    if options.from_json:
+        results = json.loads(options.from_json.read_text())["results"]
+    else:
+        jobs = [(n, s) for s in range(options.seeds) for n in options.only or EXPERIMENTS]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            results = list(pool.map(lambda job: run(*job, options.overrides, options.root), jobs))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    shown = [key for key in rows[0] if key not in ("commit", "machine")]
-    print("| " + " | ".join(shown) + " |\n|" + " --- |" * len(shown))
+        document = {"command": sys.argv, "results": results}
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    rows = table(results)
+    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join(str(row[key]) for key in shown) + " |")
+        print("| " + " | ".join(row.values()) + " |")
 
 
 if __name__ == "__main__":
