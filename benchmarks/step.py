@@ -88,7 +88,7 @@ class Variant:
         self.optimizer.step()
         self.seconds.append(time.perf_counter() - started)
         if self.probe is not None:
-            self.probe.balance_loss()
+            self.probe.losses()
 
     @property
     def resident_share(self) -> float:

@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 done, 1 failed, 2 refused)."""
     options = _parser().parse_args(arguments)
     # So that `finally` runs, and the processes that a run started end with it.
-    signal.signal(signal.SIGTERM, _terminate)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -109,9 +111,9 @@ def _absolute(settings: Settings) -> Settings:
     chosen = Path(settings.output_dir) if settings.output_dir else None
     path = chosen or default_output_dir(settings, Path("outputs"))
     settings.output_dir = str(path.expanduser().resolve())
-    for key in ("path", "tokenizer"):
-        if given := getattr(settings.data, key):
-            setattr(settings.data, key, str(Path(given).expanduser().resolve()))
+    for group, key in (("data", "path"), ("data", "tokenizer"), ("layout", "path")):
+        if given := getattr(getattr(settings, group), key):
+            setattr(getattr(settings, group), key, str(Path(given).expanduser().resolve()))
     return settings
 
 

@@ -54,19 +54,32 @@ class ModelSettings:
     """Shape of the model; every family of `fomoe_flwr.model.families` takes the same names."""
 
     name: str = "olmoe-demo"
-    family: str = _choice("olmoe", "olmoe", "qwen3_moe")
+    family: str = _choice(
+        "olmoe", "olmoe", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "fomoe"
+    )
     routing: str = _choice("skip_token", *(mode.value for mode in RoutingMode))
     num_layers: int = _number(4, at_least=1)
     hidden_size: int = _number(256, at_least=8)
     expert_size: int = _number(256, at_least=1)
     num_heads: int = _number(4, at_least=1)
     num_kv_heads: int = _number(4, at_least=1)
+    head_size: int = _number(0, at_least=0)
+    """Width of an attention head; 0 means hidden_size / num_heads."""
     num_experts: int = _number(16, at_least=1)
+    num_shared_experts: int = _number(0, at_least=0)
+    """Experts that every token passes and every worker holds; `deepseek_v3` and `glm4_moe` only."""
     top_k: int = _number(2, at_least=1)
     vocab_size: int = _number(4096, at_least=260)
     tie_embeddings: bool = True
     norm_topk: bool = False
     init_std: float = _number(0.02, above=0)
+    rope_theta: float = _number(0.0, at_least=0)
+    """Base of the rotary angles; 0 means the family's own."""
+    norm_eps: float = _number(0.0, at_least=0)
+    """0 means the family's own."""
+    base_hidden_size: int = _number(256, at_least=1)
+    base_num_layers: int = _number(4, at_least=1)
+    """Proxy from which CompleteP transfers learning rate and scales; `fomoe` only."""
 
     @property
     def routing_mode(self) -> RoutingMode:
@@ -93,12 +106,25 @@ class DataSettings:
 class LayoutSettings:
     """Who holds which experts."""
 
-    kind: str = _choice("fixed", "fixed", "random")
+    kind: str = _choice("fixed", "fixed", "random", "rolling", "balanced", "weighted", "explicit")
     num_workers: int = _number(4, at_least=1)
     overlap: int = _number(2, at_least=1)
     draw: str = _choice("per_layer", "per_layer", "same")
     reshuffle_every: int = _number(1, at_least=1)
+    warm_rounds: int = _number(0, at_least=0)
+    """Rounds of full replicas before the experts are parted."""
+    roll_by: int = _number(1, at_least=1)
+    """Experts by which `rolling` advances at every reshuffle."""
+    tolerance: float = _number(0.1, at_least=0)
+    """`balanced` leaves two workers as they are if a swap would narrow the gap between their loads
+    by no more than this share of a worker's mean load in a layer."""
     allow_uneven: bool = False
+    residents: list[int] = field(default_factory=list)
+    """Experts of each layer for each worker, e.g. [12,8,8,4]; they add up to experts * overlap."""
+    capacity_gib: list[float] = field(default_factory=list)
+    """Memory of each worker for its training state; the numbers of residents follow from it."""
+    path: str = ""
+    """File of an `explicit` layout."""
 
 
 @dataclass
@@ -109,8 +135,10 @@ class LocalSettings:
     optimizer: str = _choice("adamw", "adamw", "sgd")
     lr: float = _number(4e-3, above=0)
     warmup_steps: int = _number(32, at_least=0)
-    schedule: str = _choice("cosine", "constant", "cosine")
+    schedule: str = _choice("cosine", "constant", "cosine", "wsd")
     min_lr_ratio: float = _number(0.1, at_least=0, at_most=1)
+    decay_fraction: float = _number(0.2, above=0, at_most=1)
+    """Share of the run's steps, at its end, in which `wsd` decays."""
     batch_size: int = _number(8, at_least=1)
     accumulate: int = _number(1, at_least=1)
     beta1: float = _number(0.9, at_least=0, below=1)
@@ -118,7 +146,8 @@ class LocalSettings:
     eps: float = _number(1e-8, above=0)
     weight_decay: float = _number(0.0, at_least=0)
     grad_clip: float = _number(1.0, at_least=0)
-    balance_loss: float = _number(0.01, at_least=0)
+    precision: str = _choice("float32", "float32", "bfloat16")
+    """bfloat16: autocast over fp32 master weights, on a GPU."""
     fresh_expert_warmup_steps: int = _number(8, at_least=0)
     keep_inner_state: bool = True
     device: str = _choice("auto", "auto", "cpu", "cuda")
@@ -126,13 +155,36 @@ class LocalSettings:
 
 
 @dataclass
+class BalanceSettings:
+    """What keeps routers from collapsing."""
+
+    loss: float = _number(0.01, at_least=0)
+    """Coefficient of E * sum_i f_i P_i (Switch); f_i are shares of assignments, so 1 is balance."""
+    form: str = _choice("local", "local", "global")
+    """f_i from the micro-batch, or pooled over all workers in the round before."""
+    z_loss: float = _number(0.0, at_least=0)
+    """Coefficient of the mean squared logsumexp of the router logits."""
+    bias_rate: float = _number(0.0, at_least=0)
+    """Step of the loss-free selection bias; only for families whose router has one."""
+
+
+@dataclass
 class OuterSettings:
     """What the server does with the averaged pseudo-gradient."""
 
-    name: str = _choice("average", "average", "nesterov")
+    name: str = _choice("average", "average", "nesterov", "local_adamw", "des_loc")
     lr: float = _number(1.0, above=0)
+    expert_lr: float = _number(0.0, at_least=0)
+    """Outer rate of experts; 0 means `lr`."""
     momentum: float = _number(0.0, at_least=0, below=1)
-    weighting: str = _choice("tokens", "tokens", "uniform")
+    sqrt_holders: bool = False
+    """Multiply every averaged pseudo-gradient by the square root of its replies (DiPaCo)."""
+    weighting: str = _choice("tokens", "tokens", "uniform", "routed")
+    router_rows: str = _choice("all", "all", "holders")
+    """In `skip_token`: average a router row over all workers (paper) or its expert's holders."""
+    first_moment_every: int = _number(3, at_least=1)
+    second_moment_every: int = _number(6, at_least=1)
+    fragments: int = _number(1, at_least=1)
 
 
 @dataclass
@@ -188,6 +240,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     layout: LayoutSettings = field(default_factory=LayoutSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
+    balance: BalanceSettings = field(default_factory=BalanceSettings)
     outer: OuterSettings = field(default_factory=OuterSettings)
     wire: WireSettings = field(default_factory=WireSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
@@ -202,6 +255,12 @@ class Settings:
         """Write the resolved settings as YAML."""
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(self.to_dict())), encoding="utf-8")
 
+
+SHARED_EXPERT_FAMILIES = ("deepseek_v3", "glm4_moe")
+"""Families of DeepSeek-V3's block: shared experts, sigmoid scores, group-limited routing."""
+
+BIASED_FAMILIES = ("deepseek_v3", "glm4_moe", "fomoe")
+"""Families whose router adds a bias of each expert to its score when it chooses."""
 
 LOCAL_STREAMS = ("parquet", "json", "text")
 """Values of `data.dataset` that stream the local files of `data.path`."""
@@ -270,6 +329,9 @@ def check(settings: Settings) -> None:
                 raise SettingsError(f"{key}={value} is out of range: it must be {text}")
     _check_model(settings.model)
     _check_experiment(settings)
+    _check_partitioned(settings)
+    _check_outer(settings)
+    _check_balance(settings)
     if settings.data.path and settings.data.dataset not in ("", *LOCAL_STREAMS):
         raise SettingsError(
             f"data.path={settings.data.path} and data.dataset={settings.data.dataset} contradict "
@@ -288,7 +350,11 @@ def one_line(error: object) -> str:
 
 
 def _check_model(model: ModelSettings) -> None:
-    if model.hidden_size % (2 * model.num_heads):
+    if model.head_size % 2:
+        raise SettingsError(
+            f"model.head_size={model.head_size} must be even: rotary embeddings turn pairs"
+        )
+    if not model.head_size and model.hidden_size % (2 * model.num_heads):
         raise SettingsError(
             f"model.hidden_size={model.hidden_size} must be a multiple of 2 * model.num_heads "
             f"(= {2 * model.num_heads}): rotary embeddings need an even head size"
@@ -302,6 +368,94 @@ def _check_model(model: ModelSettings) -> None:
             f"model.top_k={model.top_k} needs model.num_experts >= {model.top_k} "
             f"(got {model.num_experts})"
         )
+    _check_family(model)
+
+
+def _check_family(model: ModelSettings) -> None:
+    """Refuse what a family cannot express."""
+    family = model.family
+    if family in ("deepseek_v3", "fomoe") and model.num_kv_heads != model.num_heads:
+        raise SettingsError(
+            f"model.num_kv_heads={model.num_kv_heads} must equal model.num_heads="
+            f"{model.num_heads}: in {family} every head has keys and values of its own"
+        )
+    if family == "mixtral" and not model.norm_topk:
+        raise SettingsError(
+            "model.norm_topk=False must be true for model.family=mixtral: its router always "
+            "renormalises the chosen scores"
+        )
+    if model.num_shared_experts and family not in SHARED_EXPERT_FAMILIES:
+        raise SettingsError(
+            f"model.num_shared_experts={model.num_shared_experts} must be 0 for model.family="
+            f"{family}; these have shared experts: {', '.join(SHARED_EXPERT_FAMILIES)}"
+        )
+    if family == "olmoe" and model.head_size not in (0, model.hidden_size // model.num_heads):
+        raise SettingsError(
+            f"model.head_size={model.head_size} must be 0 for model.family=olmoe: it normalises "
+            "queries over the hidden size"
+        )
+    if family in SHARED_EXPERT_FAMILIES and model.num_experts < 2:
+        raise SettingsError(
+            f"model.num_experts={model.num_experts} must be >= 2 for model.family={family}: its "
+            "router ranks a group of experts by its best two"
+        )
+
+
+def _check_partitioned(settings: Settings) -> None:
+    """Refuse `partitioned` where a worker's router would have too few rows for its family."""
+    model, layout = settings.model, settings.layout
+    if model.family not in SHARED_EXPERT_FAMILIES or model.routing != "partitioned":
+        return
+    even = model.num_experts * layout.overlap // layout.num_workers
+    fewest = min(layout.residents, default=even)
+    if fewest < 2:
+        raise SettingsError(
+            f"model.routing=partitioned with model.family={model.family} needs two residents per "
+            f"worker, model.num_experts * layout.overlap / layout.num_workers >= 2 (got {fewest}): "
+            "its router ranks a group of experts by its best two"
+        )
+
+
+def _check_outer(settings: Settings) -> None:
+    outer, local = settings.outer, settings.local
+    if outer.name in ("local_adamw", "des_loc"):
+        if local.optimizer != "adamw":
+            raise SettingsError(
+                f"outer={outer.name} averages Adam's moments: local.optimizer={local.optimizer} "
+                "must be adamw"
+            )
+        if not local.keep_inner_state:
+            raise SettingsError(
+                f"outer={outer.name} averages Adam's moments: local.keep_inner_state must be true"
+            )
+        if "float16" in (settings.wire.up, settings.wire.down):
+            raise SettingsError(
+                f"outer={outer.name} averages Adam's moments, which float16 rounds to 0: use "
+                "bfloat16 or float32 for wire.up and wire.down"
+            )
+    if outer.momentum and outer.name != "nesterov":
+        raise SettingsError(
+            f"outer.momentum={outer.momentum} has no meaning for outer={outer.name}: use "
+            "outer=nesterov or outer.momentum=0"
+        )
+    if outer.fragments > settings.model.num_layers:
+        raise SettingsError(
+            f"outer.fragments={outer.fragments} must be <= model.num_layers="
+            f"{settings.model.num_layers}: a fragment is made of whole layers"
+        )
+    if outer.fragments > settings.rounds:
+        raise SettingsError(
+            f"outer.fragments={outer.fragments} must be <= rounds={settings.rounds}: otherwise "
+            "some fragment is never synchronised"
+        )
+
+
+def _check_balance(settings: Settings) -> None:
+    if settings.balance.bias_rate and settings.model.family not in BIASED_FAMILIES:
+        raise SettingsError(
+            f"balance.bias_rate={settings.balance.bias_rate} needs a router with a selection bias: "
+            f"model.family={settings.model.family} is not one of {', '.join(BIASED_FAMILIES)}"
+        )
 
 
 def _check_experiment(settings: Settings) -> None:
@@ -314,6 +468,11 @@ def _check_experiment(settings: Settings) -> None:
         raise SettingsError(
             f"experiment={settings.experiment} is a full-replica method: layout.overlap={overlap} "
             f"must equal layout.num_workers={workers}; use experiment=fomoe for partial replicas"
+        )
+    if settings.experiment in ("diloco", "photon") and settings.layout.kind == "explicit":
+        raise SettingsError(
+            f"experiment={settings.experiment} is a full-replica method: layout.kind=explicit must "
+            "be another kind; use experiment=fomoe for partial replicas"
         )
     if settings.experiment == "centralised" and workers != 1:
         raise SettingsError(

@@ -8,11 +8,15 @@ The paper's own accounting (ring all-reduce, section 6.1 of `research/fomoe.md`)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from fomoe_flwr.config import ModelSettings, Settings, SettingsError
-from fomoe_flwr.layout import Layout, draw_layout
-from fomoe_flwr.routing import RoutingMode, is_expert_key
+from fomoe_flwr.config import ModelSettings, OuterSettings, Settings, SettingsError
+from fomoe_flwr.layout import Layout, LayoutContext, draw_layout
+from fomoe_flwr.layout.context import begins_period
+from fomoe_flwr.routing import RoutingMode, has_layer, is_expert_key, is_router_key, layer_of
+from fomoe_flwr.shapes import buffer_shapes, head_size, latent_sizes, parameter_shapes
+from fomoe_flwr.synchronisation import fragment_of_round, fragment_rows, moments_of_round
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element on the wire, by the names that `wire.up` and `wire.down` take."""
@@ -64,6 +68,7 @@ class TokenFlops:
     """Forward FLOPs of one token, by part of the model; a multiply-add counts two."""
 
     projections: float
+    """Every dense matrix of the layers: attention's, and shared experts'."""
     scores: float
     router: float
     experts: float
@@ -85,55 +90,12 @@ class TokenFlops:
         return self.experts / self.forward
 
 
-def parameter_shapes(model: ModelSettings) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every parameter, as `transformers` has them.
-
-    Experts are stacked along the first axis. Raises SettingsError for a family without cost model.
-    """
-    hidden, kv = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
-    if model.family == "olmoe":
-        # OLMoE normalises queries and keys over all heads at once ...
-        query_norm, key_norm = hidden, kv
-    elif model.family == "qwen3_moe":
-        # ... Qwen3-MoE normalises each head, with one weight for all heads.
-        query_norm = key_norm = hidden // model.num_heads
-    else:
-        raise SettingsError(
-            f"model.family={model.family} has no cost model: it is not one of olmoe, qwen3_moe"
-        )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
-    for layer in range(model.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {
-            prefix + "self_attn.q_proj.weight": (hidden, hidden),
-            prefix + "self_attn.k_proj.weight": (kv, hidden),
-            prefix + "self_attn.v_proj.weight": (kv, hidden),
-            prefix + "self_attn.o_proj.weight": (hidden, hidden),
-            prefix + "self_attn.q_norm.weight": (query_norm,),
-            prefix + "self_attn.k_norm.weight": (key_norm,),
-            prefix + "mlp.gate.weight": (model.num_experts, hidden),
-            prefix + "mlp.experts.gate_up_proj": (
-                model.num_experts,
-                2 * model.expert_size,
-                hidden,
-            ),
-            prefix + "mlp.experts.down_proj": (model.num_experts, hidden, model.expert_size),
-            prefix + "input_layernorm.weight": (hidden,),
-            prefix + "post_attention_layernorm.weight": (hidden,),
-        }
-    shapes["model.norm.weight"] = (hidden,)
-    if not model.tie_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, hidden)
-    return shapes
-
-
 def parameter_counts(model: ModelSettings) -> ParameterCounts:
     """Count a model's parameters; what is shared follows the routing mode."""
     sizes = {key: math.prod(shape) for key, shape in parameter_shapes(model).items()}
     total = sum(sizes.values())
     expert = sum(n for key, n in sizes.items() if is_expert_key(key, model.routing_mode))
-    # In skip-token routing the only expert parameters are the expert weights themselves.
-    weights = sum(n for key, n in sizes.items() if is_expert_key(key, RoutingMode.SKIP_TOKEN))
+    weights = _expert_weights(parameter_shapes(model))
     idle = weights // model.num_experts * (model.num_experts - model.top_k)
     return ParameterCounts(
         total=total,
@@ -163,12 +125,55 @@ def resident_counts(model: ModelSettings, layout: Layout) -> list[int]:
 
 
 def predict_bytes(settings: Settings, layout: Layout) -> RoundBytes:
-    """Predict the payload bytes of one round: what a worker holds, down and up."""
-    held = resident_counts(settings.model, layout)
-    return RoundBytes(
-        up_per_worker=[n * _element_bytes("wire.up", settings.wire.up) for n in held],
-        down_per_worker=[n * _element_bytes("wire.down", settings.wire.down) for n in held],
+    """Predict the payload bytes of one round, mean over a full cycle of rounds like this layout's.
+
+    A cycle is as long as it takes until fragments, moments and moves of the layout meet again. The
+    first round of a run costs less, and so do rounds with failures: `predict_round` is exact. For
+    one fragment without moments both are the same: what a worker holds, down and up.
+    """
+    outer, moving = settings.outer, _moves(settings)
+    periods = [outer.first_moment_every, outer.second_moment_every]
+    turns = math.lcm(*periods) if outer.name == "des_loc" else 1
+    cycle = outer.fragments * turns
+    if moving and outer.fragments > 1:
+        cycle = math.lcm(cycle, settings.layout.reshuffle_every)
+    sizes = _part_sizes(settings.model, layout, outer.fragments)
+    rounds = [
+        # Begun late enough for every moment to have been averaged once.
+        _round_bytes(
+            settings,
+            sizes,
+            server_round,
+            [moving and begins_period(settings.layout, server_round)] * layout.num_workers,
+        )
+        for server_round in range(cycle + 1, 2 * cycle + 1)
+    ]
+    up, down = (
+        [round(sum(counts) / cycle) for counts in zip(*columns, strict=True)]
+        for columns in (
+            [r.up_per_worker for r in rounds],
+            [r.down_per_worker for r in rounds],
+        )
     )
+    return RoundBytes(up, down)
+
+
+def predict_round(
+    settings: Settings, layout: Layout, server_round: int, previous: Layout | None = None
+) -> RoundBytes:
+    """Predict exactly the payload bytes of a round; rounds count from 1.
+
+    It and all rounds before must be without failures. `previous` is the layout of the round before;
+    left out, it is the same. A worker that holds other experts than before gets its whole slice,
+    whatever the fragment. Moments go up at the end of their round and come back, averaged, at the
+    beginning of the next.
+    """
+    before = previous or layout
+    moved = [
+        before.of_worker(worker) != layout.of_worker(worker) for worker in range(layout.num_workers)
+    ]
+    sizes = _part_sizes(settings.model, layout, settings.outer.fragments)
+    return _round_bytes(settings, sizes, server_round, moved)
 
 
 def memory_bytes(num_parameters: int, optimizer: str) -> int:
@@ -184,6 +189,34 @@ def memory_bytes(num_parameters: int, optimizer: str) -> int:
     return num_parameters * STATE_BYTES[optimizer]
 
 
+def expert_room(settings: Settings, capacity_gib: Sequence[float]) -> tuple[int, ...]:
+    """Return how many experts of each layer fit into each worker's memory beside what is shared.
+
+    The memory is what the training state may take, in GiB, as in `layout.capacity_gib`; activations
+    come on top.
+    """
+    for worker, gib in enumerate(capacity_gib):
+        if not (math.isfinite(gib) and gib > 0):
+            raise SettingsError(
+                f"layout.capacity_gib[{worker}]={gib} is out of range: it must be finite and > 0"
+            )
+    counts, optimizer = parameter_counts(settings.model), settings.local.optimizer
+    per_expert = counts.per_expert_per_layer * settings.model.num_layers
+    return tuple(
+        math.floor(
+            (gib * 2**30 - memory_bytes(counts.shared, optimizer))
+            / memory_bytes(per_expert, optimizer)
+        )
+        for gib in capacity_gib
+    )
+
+
+def layout_context(settings: Settings) -> LayoutContext:
+    """Return the context of a run's first layout: the room that `layout.capacity_gib` makes."""
+    capacity = settings.layout.capacity_gib
+    return LayoutContext(room=expert_room(settings, capacity) if capacity else ())
+
+
 def token_flops(
     model: ModelSettings, sequence_length: int, executed_experts: float | None = None
 ) -> TokenFlops:
@@ -194,13 +227,17 @@ def token_flops(
     average.
     """
     hidden, layers = model.hidden_size, model.num_layers
-    kv = hidden // model.num_heads * model.num_kv_heads
     executed = model.top_k if executed_experts is None else executed_experts
+    shapes = parameter_shapes(model)
+    attended = 2 * head_size(model)
+    if model.family == "deepseek_v3":
+        # Keys have a rotary part that values lack.
+        attended += latent_sizes(model).rotary
     return TokenFlops(
-        projections=layers * 2 * (2 * hidden * hidden + 2 * hidden * kv),
-        scores=layers * 2 * sequence_length * hidden,
+        projections=2 * sum(math.prod(s) for key, s in shapes.items() if _is_dense_matrix(key, s)),
+        scores=layers * sequence_length * model.num_heads * attended,
         router=layers * 2 * hidden * model.num_experts,
-        experts=layers * executed * 2 * 3 * hidden * model.expert_size,
+        experts=executed * 2 * _expert_weights(shapes) / model.num_experts,
         head=2 * hidden * model.vocab_size,
     )
 
@@ -228,20 +265,32 @@ def skip_speedup_limit(expert_share: float, resident_share: float) -> float:
 def summary(settings: Settings) -> dict[str, float | int | str]:
     """Return everything worth knowing before training, under the names that metrics use.
 
-    Bytes are sums over all workers in one round; `ratio/...` is what a full replica, or data-
-    parallel training with one synchronisation a step, would send over what this run sends.
-    `.../worker...` is the largest worker. Raises SettingsError if no layout can be drawn.
+    Bytes are sums over all workers in one round, mean over a full cycle (`predict_bytes`).
+    `ratio/full_replica` is what full replicas with the same outer step and fragments would send
+    over what this run sends; `ratio/ddp` what data-parallel training, with one synchronisation of
+    all gradients a step, would send. Warm rounds are left out. `.../worker...` is the largest
+    worker. Raises SettingsError if no layout can be drawn.
     """
     model, local = settings.model, settings.local
-    layout = draw_layout(settings.layout, model.num_layers, model.num_experts, settings.seed, 1)
+    layout = draw_layout(
+        settings.layout,
+        model.num_layers,
+        model.num_experts,
+        settings.seed,
+        1,
+        layout_context(settings),
+    )
     counts = parameter_counts(model)
     resident = max(resident_counts(model, layout))
     sent = predict_bytes(settings, layout)
     element_bytes = _element_bytes("wire.up", settings.wire.up) + _element_bytes(
         "wire.down", settings.wire.down
     )
-    full_replica = layout.num_workers * counts.total * element_bytes
-    ratio = full_replica / (sent.up + sent.down)
+    buffers = sum(math.prod(shape) for shape in buffer_shapes(model).values())
+    one_step = layout.num_workers * (counts.total + buffers) * element_bytes
+    full = Layout.full(model.num_layers, model.num_experts, layout.num_workers)
+    replicas = predict_bytes(replace(settings, layout=replace(settings.layout, kind="fixed")), full)
+    full_replica = replicas.up + replicas.down
     executed = executed_experts(model, layout)
     flops = token_flops(model, settings.data.sequence_length)
     worker_flops = token_flops(model, settings.data.sequence_length, executed)
@@ -252,6 +301,8 @@ def summary(settings: Settings) -> dict[str, float | int | str]:
         "model/name": model.name,
         "model/routing": model.routing,
         "layout/digest": layout.digest(),
+        "layout/overlap_min": layout.overlaps[0],
+        "layout/overlap_max": layout.overlaps[1],
         "params/total": counts.total,
         "params/active": counts.active,
         "params/shared": counts.shared,
@@ -261,8 +312,8 @@ def summary(settings: Settings) -> dict[str, float | int | str]:
         "bytes/up_per_round": sent.up,
         "bytes/down_per_round": sent.down,
         "bytes/full_replica_per_round": full_replica,
-        "ratio/full_replica": ratio,
-        "ratio/ddp": ratio * local.steps,
+        "ratio/full_replica": full_replica / (sent.up + sent.down),
+        "ratio/ddp": one_step * local.steps / (sent.up + sent.down),
         "memory/worker_bytes": memory_bytes(resident, local.optimizer),
         "memory/full_replica_bytes": memory_bytes(counts.total, local.optimizer),
         "flops/train_per_token": flops.train,
@@ -344,6 +395,92 @@ def ring_ratio_ddp(
     return local_steps * ring_ratio_full_replica(
         shared, expert, num_workers, overlap, migration_rate
     )
+
+
+def _expert_weights(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    # In skip-token routing the only expert parameters are the expert weights themselves.
+    mode = RoutingMode.SKIP_TOKEN
+    return sum(math.prod(shape) for key, shape in shapes.items() if is_expert_key(key, mode))
+
+
+def _is_dense_matrix(key: str, shape: tuple[int, ...]) -> bool:
+    return has_layer(key) and len(shape) == 2 and not is_router_key(key)
+
+
+@dataclass(frozen=True)
+class _PartSize:
+    """Elements that one worker holds of one fragment."""
+
+    parameters: int = 0
+    buffers: int = 0
+
+    def elements(self, num_moments: int) -> int:
+        """Count weights with this many moments; buffers travel, but have no moments."""
+        return self.parameters * (1 + num_moments) + self.buffers
+
+
+def _part_sizes(
+    model: ModelSettings, layout: Layout, num_fragments: int
+) -> list[tuple[_PartSize, ...]]:
+    """Count, for every worker, what it holds of each fragment."""
+    resident_counts(model, layout)  # refuses a layout of another model
+    kinds = (parameter_shapes(model), buffer_shapes(model))
+    sizes = []
+    for worker in range(layout.num_workers):
+        residents = layout.of_worker(worker)
+        counts = [[0, 0] for _ in range(num_fragments)]
+        for kind, shapes in enumerate(kinds):
+            for key, shape in shapes.items():
+                is_cut = is_expert_key(key, model.routing_mode)
+                rows = len(residents[layer_of(key)]) if is_cut else shape[0]
+                for fragment, count in enumerate(counts):
+                    start, stop = fragment_rows(key, rows, fragment, num_fragments)
+                    count[kind] += (stop - start) * math.prod(shape[1:])
+        sizes.append(tuple(_PartSize(*count) for count in counts))
+    return sizes
+
+
+def _round_bytes(
+    settings: Settings,
+    sizes: Sequence[tuple[_PartSize, ...]],
+    server_round: int,
+    moved: Sequence[bool],
+) -> RoundBytes:
+    outer = settings.outer
+    up_bytes = _element_bytes("wire.up", settings.wire.up)
+    down_bytes = _element_bytes("wire.down", settings.wire.down)
+    fragment = fragment_of_round(outer, server_round)
+    sent = len(moments_of_round(outer, server_round))
+    up = [parts[fragment].elements(sent) * up_bytes for parts in sizes]
+    averaged = moments_of_round(outer, server_round - 1) if server_round > 1 else ()
+    # A whole slice takes a moment along only once all fragments of it have been averaged.
+    whole_moments = sum(_is_complete(outer, name, server_round - 1) for name in averaged)
+    down = []
+    for parts, has_moved in zip(sizes, moved, strict=True):
+        if server_round == 1 or has_moved or outer.fragments == 1:
+            elements = sum(part.elements(whole_moments) for part in parts)
+        else:
+            lacking = fragment_of_round(outer, server_round - 1)
+            elements = parts[lacking].elements(len(averaged))
+        down.append(elements * down_bytes)
+    return RoundBytes(up, down)
+
+
+def _is_complete(outer: OuterSettings, moment: str, last_round: int) -> bool:
+    """Tell whether all fragments of a moment have been averaged by the end of a round."""
+    return all(
+        any(
+            moment in moments_of_round(outer, server_round)
+            for server_round in range(fragment + 1, last_round + 1, outer.fragments)
+        )
+        for fragment in range(outer.fragments)
+    )
+
+
+def _moves(settings: Settings) -> bool:
+    """Tell whether workers' residents change in the course of a run."""
+    layout = settings.layout
+    return layout.kind in ("random", "rolling", "balanced") and layout.overlap < layout.num_workers
 
 
 def _ring(num_members: int) -> float:

@@ -12,6 +12,7 @@ correction of its own age (up to eps), and its warm-up.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,10 +23,19 @@ from torch import Tensor, nn
 from fomoe_flwr.config import LocalSettings
 from fomoe_flwr.files import save_tensors
 from fomoe_flwr.model.residency import Residents
+from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.routing import RoutingMode, is_expert_key, layer_of
+from fomoe_flwr.synchronisation import MOMENTS as _MOMENTS
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_WEIGHTS = "weights/"
 _NEGLIGIBLE = 1e-6
+
+
+def stored_weights(path: Path) -> dict[str, Tensor]:
+    """Read the weights that were saved with an inner state. Raises OSError if there are none."""
+    with safe_open(path, framework="pt") as stored:
+        names = [name for name in stored.keys() if name.startswith(_WEIGHTS)]  # noqa: SIM118
+        return {name.removeprefix(_WEIGHTS): stored.get_tensor(name) for name in names}
 
 
 @dataclass
@@ -54,7 +64,11 @@ class InnerState:
         corrected = self._corrections()
         before = {p: p.detach()[rows].clone() for p, rows, _, _ in corrected}
         optimizer.step()
-        decay = {p: rate * g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        decay = {
+            p: rate * g.get("lr_multiplier", 1.0) * g["weight_decay"]
+            for g in optimizer.param_groups
+            for p in g["params"]
+        }
         for parameter, rows, bias, warmup in corrected:
             start = before[parameter]
             shape = (-1,) + (1,) * (parameter.dim() - 1)
@@ -98,10 +112,56 @@ class InnerState:
         t = steps.double()
         return (1 - self.settings.beta2**t).sqrt() / (1 - self.settings.beta1**t)
 
-    def save(self, optimizer: torch.optim.Optimizer, path: Path) -> None:
-        """Write moments, ages and cursor to one safetensors file, atomically.
+    def moments(self, optimizer: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
+        """Return one of Adam's moments by state key."""
+        return {key: optimizer.state[p][name] for key, p in self.model.named_parameters()}
 
-        With `local.keep_inner_state=false` only the data cursor is kept.
+    def adopt(
+        self,
+        optimizer: torch.optim.Optimizer,
+        moments: Mapping[str, State],
+        part: StateSpec,
+        steps: int,
+    ) -> None:
+        """Take moments that the server averaged, as if they had `steps` local steps behind them.
+
+        A single moment goes only where the other one is: a first moment over a fresh second one
+        would make a huge step.
+        """
+        parameters = dict(self.model.named_parameters())
+        both = len(moments) == len(_MOMENTS)
+        if both:
+            self._steps = max(self._steps, steps)
+        for entry in (*part.shared, *part.expert):
+            parameter = parameters[entry.key]
+            state = optimizer.state[parameter]
+            rows: slice | Tensor = slice(None)
+            if entry.layer is not None and not both:
+                rows = self._ages[entry.layer] == self._steps
+            if not both and not state:
+                continue
+            if not state:
+                state["step"] = torch.tensor(0.0, device=parameter.device)
+                for name in _MOMENTS:
+                    state[name] = torch.zeros_like(parameter)
+            for name, values in moments.items():
+                target = entry.of({entry.key: state[name]})
+                target[rows] = values[entry.key].to(parameter.device)[rows]
+            if both:
+                state["step"].fill_(float(steps))
+        if both:
+            for layer in {entry.layer for entry in part.expert if entry.layer is not None}:
+                self._ages[layer].fill_(steps)
+
+    def save(
+        self,
+        optimizer: torch.optim.Optimizer,
+        path: Path,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write moments, ages, cursor and `weights` to one safetensors file, atomically.
+
+        With `local.keep_inner_state=false` no moments and ages are kept.
         """
         tensors = {
             f"{moment}/{name}": optimizer.state[p][moment].detach().cpu().contiguous()
@@ -112,6 +172,8 @@ class InnerState:
         for layer, ages in enumerate(self._ages):
             tensors[f"age/{layer}"] = ages
             tensors[f"resident/{layer}"] = torch.tensor(self.residents[layer], dtype=torch.long)
+        for name, value in (weights or {}).items():
+            tensors[f"{_WEIGHTS}{name}"] = value.detach().cpu().contiguous()
         meta = {"steps": str(self._steps), "cursor": json.dumps(self.cursor)}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, path, meta)

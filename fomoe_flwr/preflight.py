@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fomoe_flwr.config import Settings, SettingsError
+from fomoe_flwr.costs import layout_context
 from fomoe_flwr.data.source import check_data
 from fomoe_flwr.layout import check_layout
 from fomoe_flwr.run_directory import claim_output_dir
@@ -12,7 +13,8 @@ from fomoe_flwr.run_directory import claim_output_dir
 
 def preflight(settings: Settings) -> None:
     """Check layout, device, text and output directory. Raises SettingsError or DataError."""
-    check_layout(settings.layout, settings.model.num_layers, settings.model.num_experts)
+    model = settings.model
+    check_layout(settings.layout, model.num_layers, model.num_experts, layout_context(settings))
     # Only here is the worker's machine known to be this one.
     is_here = settings.engine == "in_process"
     if is_here and settings.local.device == "cuda" and not torch.cuda.is_available():

@@ -35,6 +35,16 @@ def is_expert_key(key: str, routing: RoutingMode) -> bool:
     return routing is RoutingMode.PARTITIONED and bool(_ROUTER_KEY.search(key))
 
 
+def is_router_key(key: str) -> bool:
+    """Tell whether a state-dict entry is a router's: its first axis enumerates scored experts."""
+    return bool(_ROUTER_KEY.search(key))
+
+
+def has_layer(key: str) -> bool:
+    """Tell whether a state-dict entry belongs to a decoder layer."""
+    return bool(_LAYER.search(key))
+
+
 def layer_of(key: str) -> int:
     """Read the decoder layer's index from a state-dict key; raise ValueError if it has none."""
     found = _LAYER.search(key)

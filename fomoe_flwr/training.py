@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomoe_flwr.config import LocalSettings
+from fomoe_flwr.completep import Multipliers, multipliers
+from fomoe_flwr.config import BalanceSettings, LocalSettings
 from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.inner_state import InnerState
@@ -49,6 +51,10 @@ def learning_rate(settings: LocalSettings, step: int, total_steps: int) -> float
         return settings.lr * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.lr
+    if settings.schedule == "wsd":
+        tail = max(1, round(settings.decay_fraction * total_steps))
+        progress = max(0.0, min(1.0, (step - (total_steps - tail)) / tail))
+        return settings.lr * (1.0 - (1.0 - settings.min_lr_ratio) * progress)
     span = max(1, total_steps - settings.warmup_steps)
     progress = min(1.0, (step - settings.warmup_steps) / span)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -59,34 +65,48 @@ def make_optimizer(model: nn.Module, settings: LocalSettings) -> torch.optim.Opt
     """Build the local optimizer; decay touches matrices only, not embeddings, norms or routers.
 
     A router row whose expert is a ghost, and an embedding row whose token is absent, get no task
-    gradient: decay would shrink them for nothing.
+    gradient: decay would shrink them for nothing. A model with width and depth multipliers gets
+    CompleteP's groups; their `lr_multiplier` is the factor on the schedule's rate. Its rules are
+    Adam's, so SGD has none.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    groups: dict[tuple[bool, Multipliers], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         exempt = parameter.dim() < 2 or any(
             part in name for part in ("embed", "norm", ".gate.", "lm_head")
         )
-        (plain if exempt else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        factors = _multipliers(model, name) if settings.optimizer == "adamw" else Multipliers()
+        groups.setdefault((exempt, factors), []).append(parameter)
+    described = [
+        {
+            "params": parameters,
+            "lr": settings.lr * factors.lr,
+            "lr_multiplier": factors.lr,
+            "weight_decay": 0.0 if exempt else settings.weight_decay * factors.decay,
+        }
+        | ({"eps": settings.eps * factors.eps} if settings.optimizer == "adamw" else {})
+        for (exempt, factors), parameters in groups.items()
     ]
-    groups = [group for group in groups if group["params"]]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr)
+        return torch.optim.SGD(described, lr=settings.lr)
     return torch.optim.AdamW(
-        groups,
+        described,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
         fused=True,
     )
 
 
-def token_loss(model: nn.Module, windows: Tensor) -> Tensor:
+def _multipliers(model: nn.Module, name: str) -> Multipliers:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "width_multiplier"):
+        return Multipliers()
+    return multipliers(name, config.width_multiplier, config.depth_multiplier, config.depth_alpha)
+
+
+def token_loss(model: nn.Module, windows: Tensor, precision: str = "float32") -> Tensor:
     """Return the mean cross entropy (nats per token) of [B, S + 1] windows."""
-    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    with torch.autocast(windows.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
@@ -98,6 +118,7 @@ def train(
     batches: Batches,
     settings: LocalSettings,
     *,
+    balance: BalanceSettings,
     first_step: int,
     total_steps: int,
     device: torch.device,
@@ -114,21 +135,23 @@ def train(
     for offset in range(settings.steps):
         rate = learning_rate(settings, first_step + offset, total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_multiplier"]
         optimizer.zero_grad(set_to_none=True)
         step_loss = torch.zeros((), device=device)
         step_balance = torch.zeros((), device=device)
         for windows in _micro_batches(batches, settings.accumulate, device):
-            loss = token_loss(model, windows)
-            balance = probe.balance_loss().to(device)
-            ((loss + settings.balance_loss * balance) / settings.accumulate).backward()
+            loss = token_loss(model, windows, settings.precision)
+            routers = probe.losses()
+            extra = balance.loss * routers.balance + balance.z_loss * routers.z
+            ((loss + extra) / settings.accumulate).backward()
             step_loss += loss.detach() / settings.accumulate
-            step_balance += balance.detach() / settings.accumulate
+            step_balance += routers.balance.detach() / settings.accumulate
             tokens += windows[:, 1:].numel()
         norm = nn.utils.clip_grad_norm_(
             model.parameters(), settings.grad_clip if settings.grad_clip > 0 else math.inf
         )
         inner.step(optimizer, rate)
+        probe.move_biases(balance.bias_rate)
         losses.append(step_loss)
         norms.append(norm.detach())
         balances.append(step_balance)

@@ -5,22 +5,32 @@ No Flower here: `client_app` unpacks a message into a `RoundTask` and packs the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fomoe_flwr.config import Settings
 from fomoe_flwr.data.batches import Batches
-from fomoe_flwr.inner_state import InnerState
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.inner_state import InnerState, stored_weights
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.model.state import StateSpec, load_state, state_of
+from fomoe_flwr.model.state import StateSpec, load_state, overlay, state_of
+from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
 from fomoe_flwr.training import LocalReport, make_optimizer, train
+
+Vectors = tuple[Tensor, Tensor]
+"""Flat fp32 vectors of the shared parameters and of the resident experts."""
+
+
+class LostStateError(RunError):
+    """A worker that no longer has the weights it was left with; it must be sent all of them."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +43,26 @@ class RoundTask:
     server_round: int
     residents: Residents
     shared: Tensor
-    """Flat fp32 vector of the shared parameters."""
     experts: Tensor
-    """Flat fp32 vector of the resident experts."""
     state_dir: Path
     """This worker's own folder on this run."""
-    keep_rounds: Sequence[int]
+    keep_rounds: Sequence[int] = ()
     """Rounds whose inner state a resume may still ask for."""
+    part: StateSpec | None = None
+    """What `shared` and `experts` carry; None means everything, else the rest is on the disk."""
+    moments: Mapping[str, Vectors] = field(default_factory=dict)
+    """Averaged moments of the same part's parameters."""
+    pooled_share: Tensor | None = None
+    """[num_layers, num_experts] shares of assignments of all workers in the round before."""
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a worker returns."""
+    """What a worker returns: the fragment's pseudo-gradient, and moments as they are."""
 
     shared: Tensor
     experts: Tensor
+    moments: Mapping[str, Vectors]
     report: LocalReport
     inner_state_fresh: bool
     num_fresh_experts: int
@@ -61,23 +76,25 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
     """
     settings, local = task.settings, task.settings.local
     device = pick_device(local.device)
+    stored = _newest_before(task.state_dir, task.server_round)
+    received, current = _starting_weights(task)
     with _threads(local.threads):
         config = transformers_config(settings.model, settings.data.sequence_length)
         model = build_model(settings.model, config, task.residents, device=device, empty=True)
-        load_state(
-            model,
-            task.spec.split_shared(task.shared)
-            | task.spec.split_experts(task.experts, task.residents),
-        )
+        load_state(model, current)
         optimizer = make_optimizer(model, local)
         inner = InnerState(model, local, settings.model.routing_mode, task.residents)
         first_step = (task.server_round - 1) * local.steps
         batches = open_batches(first_step * local.accumulate)
-        if stored := _newest_before(task.state_dir, task.server_round):
+        if stored:
             inner.restore(optimizer, stored)
+        if task.moments:
+            _adopt_moments(task, inner, optimizer, first_step)
         if inner.cursor:
             batches.restore(inner.cursor)
-        probe = RouterProbe(model, settings.model.num_experts, task.residents)
+        probe = RouterProbe(
+            model, settings.model.num_experts, task.residents, pooled_share=task.pooled_share
+        )
         report = train(
             model,
             probe,
@@ -85,22 +102,71 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
             inner,
             batches,
             local,
+            balance=settings.balance,
             first_step=first_step,
             total_steps=settings.rounds * local.steps,
             device=device,
         )
         probe.close()
         inner.cursor = batches.state()
-        inner.save(optimizer, _state_file(task.state_dir, task.server_round))
-        _forget(task.state_dir, {*task.keep_rounds, task.server_round, task.server_round - 1})
         trained = state_of(model)
+        keep = {}
+        if settings.outer.fragments > 1:
+            keep = {f"received/{key}": value for key, value in received.items()}
+            keep |= {f"trained/{key}": value for key, value in trained.items()}
+        inner.save(optimizer, _state_file(task.state_dir, task.server_round), keep)
+        _forget(task.state_dir, {*task.keep_rounds, task.server_round, task.server_round - 1})
+        fragment = fragment_of_round(settings.outer, task.server_round)
+        part = task.spec.fragment(fragment, settings.outer.fragments)
         return RoundResult(
-            shared=task.shared - task.spec.pack_shared(trained),
-            experts=task.experts - task.spec.pack_experts(trained),
+            shared=part.pack_shared(received) - part.pack_shared(trained),
+            experts=part.pack_experts(received) - part.pack_experts(trained),
+            moments={
+                name: (
+                    part.parameters().pack_shared(inner.moments(optimizer, name)),
+                    part.parameters().pack_experts(inner.moments(optimizer, name)),
+                )
+                for name in moments_of_round(settings.outer, task.server_round)
+            },
             report=report,
             inner_state_fresh=inner.is_fresh,
             num_fresh_experts=inner.num_fresh_experts,
         )
+
+
+def _starting_weights(task: RoundTask) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the global weights as last received, and the weights to start from.
+
+    They differ where a fragment was not synchronised: there the worker goes on from its own.
+    """
+    part = task.part or task.spec
+    pieces = part.split_shared(task.shared) | part.split_experts(task.experts, task.residents)
+    if task.part is None:
+        return pieces, pieces
+    try:
+        kept = stored_weights(_state_file(task.state_dir, task.server_round - 1))
+    except (OSError, SafetensorError) as error:
+        raise LostStateError(
+            f"worker {task.worker} has no weights of round {task.server_round - 1}"
+        ) from error
+    received, current = (
+        {key.removeprefix(kind): value for key, value in kept.items() if key.startswith(kind)}
+        for kind in ("received/", "trained/")
+    )
+    overlay(received, part, pieces)
+    overlay(current, part, pieces)
+    return received, current
+
+
+def _adopt_moments(
+    task: RoundTask, inner: InnerState, optimizer: torch.optim.Optimizer, steps: int
+) -> None:
+    part = (task.part or task.spec).parameters()
+    moments = {
+        name: part.split_shared(shared) | part.split_experts(experts, task.residents)
+        for name, (shared, experts) in task.moments.items()
+    }
+    inner.adopt(optimizer, moments, part, steps)
 
 
 def pick_device(name: str) -> torch.device:

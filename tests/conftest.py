@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 # Before torch is imported: tiny tensors gain nothing from threads that fight over a few cores.
@@ -11,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from fomoe_flwr.config import DataSettings
+from fomoe_flwr.config import DataSettings, ModelSettings
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,3 +32,24 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "\n\n".join(document.text for document in read_documents(DataSettings(), "validation"))
     path.write_text(text[:80_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def of_family() -> Callable[[ModelSettings, str], ModelSettings]:
+    """Return a function that gives a shape the nearest form that a family can express."""
+
+    def adapt(shape: ModelSettings, family: str) -> ModelSettings:
+        return replace(
+            shape,
+            family=family,
+            norm_topk=shape.norm_topk or family == "mixtral",
+            num_kv_heads=(
+                shape.num_heads if family in ("deepseek_v3", "fomoe") else shape.num_kv_heads
+            ),
+            num_shared_experts=int(family == "deepseek_v3"),
+            # Twice as wide and as deep as its proxy, so that every multiplier differs from 1.
+            base_hidden_size=shape.hidden_size // 2,
+            base_num_layers=max(1, shape.num_layers // 2),
+        )
+
+    return adapt

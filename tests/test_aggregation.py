@@ -22,6 +22,8 @@ SPEC = StateSpec(
         Entry("model.layers.0.mlp.experts.down", (EXPERTS, 2), 0),
         Entry("model.layers.1.mlp.experts.up", (EXPERTS, 2, 3), 1),
     ),
+    num_layers=LAYERS,
+    num_experts=EXPERTS,
 )
 ALL = (tuple(range(EXPERTS)),) * LAYERS
 
@@ -82,17 +84,18 @@ def assert_is_brute_force(replies: list[Reply]) -> None:
         for expert in range(EXPERTS):
             expected = experts.get((entry.key, expert), torch.zeros(entry.shape[1:]))
             torch.testing.assert_close(
-                mean.experts[entry.key][expert].double(), expected.double(), **close
+                mean.rows[entry.key][expert].double(), expected.double(), **close
             )
 
 
 def test_numbers_by_hand() -> None:
-    spec = StateSpec((Entry("w", (1,), None),), (Entry("model.layers.0.mlp.experts.w", (3, 1), 0),))
+    expert = Entry("model.layers.0.mlp.experts.w", (3, 1), 0)
+    spec = StateSpec((Entry("w", (1,), None),), (expert,), num_layers=1, num_experts=3)
     mean = HolderMean(spec)
     mean.fold(torch.tensor([1.0]), torch.tensor([10.0, 20.0]), [[0, 1]], 1.0)
     mean.fold(torch.tensor([5.0]), torch.tensor([40.0, 60.0]), [[1, 2]], 3.0)
     assert mean.shared_means()["w"].tolist() == [4.0]
-    assert mean.experts["model.layers.0.mlp.experts.w"].flatten().tolist() == [10.0, 35.0, 60.0]
+    assert mean.rows["model.layers.0.mlp.experts.w"].flatten().tolist() == [10.0, 35.0, 60.0]
     assert mean.shared_weight == 4.0
     assert mean.expert_weight.tolist() == [[1.0, 4.0, 3.0]]
     assert mean.missing_experts() == []
@@ -107,7 +110,7 @@ def test_with_everything_held_it_is_the_plain_weighted_mean() -> None:
     experts = torch.einsum("w,wn->n", weights, torch.stack([r.experts for r in replies]).double())
     torch.testing.assert_close(mean.shared.double(), shared, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
-        SPEC.pack_experts(mean.experts).double(), experts, rtol=1e-5, atol=1e-6
+        SPEC.pack_experts(mean.rows).double(), experts, rtol=1e-5, atol=1e-6
     )
 
 
@@ -116,8 +119,8 @@ def test_the_order_of_replies_does_not_matter() -> None:
     replies = [reply(residents, 1.0 + i, i) for i, residents in enumerate(holders)]
     forward, backward = folded(replies), folded(replies[::-1])
     torch.testing.assert_close(forward.shared, backward.shared, rtol=0, atol=1e-6)
-    for key, value in forward.experts.items():
-        torch.testing.assert_close(value, backward.experts[key], rtol=0, atol=1e-6)
+    for key, value in forward.rows.items():
+        torch.testing.assert_close(value, backward.rows[key], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3, 12345.0])
@@ -126,22 +129,22 @@ def test_a_single_reply_comes_through_bit_for_bit(weight: float) -> None:
     only = reply(residents, weight, 0)
     mean = folded([only])
     assert torch.equal(SPEC.pack_shared(mean.shared_means()), only.shared)
-    assert torch.equal(SPEC.pack_experts(mean.experts, residents), only.experts)
+    assert torch.equal(SPEC.pack_experts(mean.rows, residents), only.experts)
 
 
 def test_equal_replies_give_themselves_bit_for_bit() -> None:
     one = reply(ALL, 3.0, 0)
     mean = folded([one, Reply(one.shared, one.experts, ALL, 0.7), one])
     assert torch.equal(mean.shared, one.shared)
-    assert torch.equal(SPEC.pack_experts(mean.experts), one.experts)
+    assert torch.equal(SPEC.pack_experts(mean.rows), one.experts)
 
 
 def test_an_expert_of_one_holder_comes_through_bit_for_bit_among_others() -> None:
     lone = reply(((0, 2), (1,)), 2.0, 0)
     mean = folded([reply(((0, 1), (0,)), 5.0, 1), lone, reply(((0, 3), (2, 3)), 1.0, 2)])
     pieces = SPEC.split_experts(lone.experts, lone.residents)
-    assert torch.equal(mean.experts[SPEC.expert[0].key][2], pieces[SPEC.expert[0].key][1])
-    assert torch.equal(mean.experts[SPEC.expert[2].key][1], pieces[SPEC.expert[2].key][0])
+    assert torch.equal(mean.rows[SPEC.expert[0].key][2], pieces[SPEC.expert[0].key][1])
+    assert torch.equal(mean.rows[SPEC.expert[2].key][1], pieces[SPEC.expert[2].key][0])
 
 
 def test_experts_that_nobody_returned_are_listed_and_untouched() -> None:
@@ -152,7 +155,7 @@ def test_experts_that_nobody_returned_are_listed_and_untouched() -> None:
     for entry in SPEC.expert:
         for layer, expert in mean.missing_experts():
             if layer == entry.layer:
-                assert not mean.experts[entry.key][expert].any()
+                assert not mean.rows[entry.key][expert].any()
 
 
 def test_nobody_replied() -> None:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import PreTrainedModel
 
-from fomoe_flwr import costs
-from fomoe_flwr.config import LayoutSettings, ModelSettings, Settings, SettingsError
+from fomoe_flwr import costs, shapes
+from fomoe_flwr.config import (
+    LayoutSettings,
+    ModelSettings,
+    Settings,
+    SettingsError,
+    load_settings,
+)
 from fomoe_flwr.layout import Layout, draw_layout
+from fomoe_flwr.model.families import FAMILIES, model_class, transformers_config
+from fomoe_flwr.model.state import state_of
 from fomoe_flwr.routing import is_expert_key
 
 SHAPES: list[dict[str, Any]] = [
@@ -43,25 +46,8 @@ PAPER = {
 
 def built(model: ModelSettings) -> PreTrainedModel:
     """Build the transformers model that the settings describe, without memory."""
-    common: dict[str, Any] = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.hidden_size // model.num_heads,
-        "num_experts": model.num_experts,
-        "num_experts_per_tok": model.top_k,
-        "tie_word_embeddings": model.tie_embeddings,
-        "pad_token_id": None,
-        "eos_token_id": None,
-    }
     with torch.device("meta"):
-        if model.family == "olmoe":
-            return OlmoeForCausalLM(OlmoeConfig(intermediate_size=model.expert_size, **common))
-        return Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(moe_intermediate_size=model.expert_size, **common)
-        )
+        return model_class(model.family)(transformers_config(model, 8))
 
 
 def olmoe(layers: int, hidden: int, size: int, experts: int, k: int, vocab: int) -> ModelSettings:
@@ -79,14 +65,21 @@ def drawn(settings: Settings) -> Layout:
 
 @pytest.mark.parametrize("routing", ["skip_token", "partitioned"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_counts_equal_the_built_model(
-    shape: dict[str, Any], family: str, tied: bool, routing: str
+    shape: dict[str, Any],
+    family: str,
+    tied: bool,
+    routing: str,
+    of_family: Callable[[ModelSettings, str], ModelSettings],
 ) -> None:
-    model = ModelSettings(family=family, tie_embeddings=tied, routing=routing, **shape)
-    real = {key: tuple(p.shape) for key, p in built(model).named_parameters()}
+    model = of_family(ModelSettings(tie_embeddings=tied, routing=routing, **shape), family)
+    whole = built(model)
+    real = {key: tuple(p.shape) for key, p in whole.named_parameters()}
     assert costs.parameter_shapes(model) == real
+    everything = {key: tuple(value.shape) for key, value in state_of(whole).items()}
+    assert shapes.parameter_shapes(model) | shapes.buffer_shapes(model) == everything
     counts = costs.parameter_counts(model)
     sizes = {key: math.prod(shape) for key, shape in real.items()}
     expert = sum(n for key, n in sizes.items() if is_expert_key(key, model.routing_mode))
@@ -118,31 +111,39 @@ def test_olmoe_1b_7b_is_what_its_name_says() -> None:
     assert counts.active == 1_282_017_280
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("routing", ["skip_token", "partitioned"])
 @pytest.mark.parametrize(("up", "down"), [("float32", "float32"), ("bfloat16", "float32")])
-def test_bytes_are_elements_times_their_size(routing: str, up: str, down: str) -> None:
-    settings = Settings()
+def test_bytes_are_elements_times_their_size(
+    family: str,
+    routing: str,
+    up: str,
+    down: str,
+    of_family: Callable[[ModelSettings, str], ModelSettings],
+) -> None:
+    settings = Settings(model=of_family(ModelSettings(), family))
     settings.model.routing, settings.wire.up, settings.wire.down = routing, up, down
     layout = drawn(settings)
     sizes = {"float32": 4, "bfloat16": 2}
-    held = []
+    held, buffers = [], shapes.buffer_shapes(settings.model)
     for worker in range(layout.num_workers):
         elements = 0
-        for key, shape in costs.parameter_shapes(settings.model).items():
+        for key, shape in (costs.parameter_shapes(settings.model) | buffers).items():
             if is_expert_key(key, settings.model.routing_mode):
                 residents = layout.of_worker(worker)[int(key.split(".")[2])]
                 elements += len(residents) * math.prod(shape[1:])
             else:
                 elements += math.prod(shape)
         held.append(elements)
-    assert costs.resident_counts(settings.model, layout) == held
+    resident = costs.resident_counts(settings.model, layout)
+    assert (resident == held) == (not buffers)
     sent = costs.predict_bytes(settings, layout)
     assert sent.up_per_worker == [n * sizes[up] for n in held]
     assert sent.down_per_worker == [n * sizes[down] for n in held]
     summary = costs.summary(settings)
     assert summary["bytes/up_per_round"] == sent.up == sum(sent.up_per_worker)
     assert summary["bytes/down_per_round"] == sent.down == sum(sent.down_per_worker)
-    assert summary["params/resident"] == max(held)
+    assert summary["params/resident"] == max(resident)
 
 
 def test_full_overlap_costs_a_full_replica() -> None:
@@ -245,6 +246,23 @@ def test_the_paper_s_models(name: str, total: int, active: int, share: float) ->
     assert (counts.total, counts.active) == (total, active)
     assert counts.shared + counts.expert == total
     assert round(counts.expert / total, 4) == share
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_s_models_are_built_with_exactly_the_paper_s_parameters(name: str) -> None:
+    model = load_settings([f"model=paper-{name.lower()}"]).model
+    shape = (model.hidden_size, model.num_layers, model.num_experts, model.expert_size)
+    assert (*shape, model.top_k, model.vocab_size) == PAPER[name]
+    assert model.hidden_size // model.num_heads == 64
+    sizes = {key: math.prod(s) for key, s in costs.parameter_shapes(model).items()}
+    norms = sum(n for key, n in sizes.items() if "norm" in key)
+    assert norms == (4 * model.num_layers + 2) * model.hidden_size
+    paper, ours = costs.paper_counts(*PAPER[name]), costs.parameter_counts(model)
+    assert ours.total - norms == paper.total
+    assert ours.active - norms == paper.active
+    assert (ours.shared - norms, ours.expert) == (paper.shared, paper.expert)
+    real = {key: tuple(p.shape) for key, p in built(model).named_parameters()}
+    assert costs.parameter_shapes(model) == real
 
 
 RING = {

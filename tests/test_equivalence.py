@@ -41,13 +41,13 @@ MODEL = ModelSettings(
     vocab_size=260,
     init_std=0.2,
 )
+BALANCE = 0.01
 LOCAL = LocalSettings(
     steps=3,
     lr=3e-3,
     warmup_steps=2,
     weight_decay=0.1,
     eps=1e-6,
-    balance_loss=0.01,
     device="cpu",
     threads=1,
 )
@@ -196,7 +196,7 @@ def reference(settings: Settings, residents: Sequence[Residents]) -> Weights:
                 for group in adam.param_groups:
                     group["lr"] = rate
                 adam.zero_grad()
-                stock_loss(model, given.next_batch(), local.balance_loss).backward()
+                stock_loss(model, given.next_batch(), BALANCE).backward()
                 forget_ghost_gradients(model, held)
                 nn.utils.clip_grad_norm_(model.parameters(), local.grad_clip)
                 adam.step()
@@ -265,7 +265,7 @@ def test_one_worker_in_rounds_is_one_uninterrupted_loop(
         for group in adam.param_groups:
             group["lr"] = learning_rate(local, step, total)
         adam.zero_grad()
-        stock_loss(model, given.next_batch(), local.balance_loss).backward()
+        stock_loss(model, given.next_batch(), BALANCE).backward()
         nn.utils.clip_grad_norm_(model.parameters(), local.grad_clip)
         adam.step()
     assert_trained(state, settings.model, 1e-3)
@@ -287,8 +287,8 @@ def test_one_local_sgd_step_of_full_replicas_is_data_parallel_training(
         schedule="constant",
         weight_decay=0.0,
         grad_clip=0.0,
-        balance_loss=0.0,
     )
+    settings.balance.loss = 0.0
     state = federate(settings, EVERYBODY, tmp_path)
     model = stock(settings.model, initial(settings.model))
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)

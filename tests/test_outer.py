@@ -19,6 +19,8 @@ UP, DOWN = "model.layers.0.mlp.experts.up", "model.layers.1.mlp.experts.down"
 SPEC = StateSpec(
     shared=(Entry("embed", (3, 2), None), Entry("norm", (2,), None)),
     expert=(Entry(UP, (EXPERTS, 2, 3), 0), Entry(DOWN, (EXPERTS, 2), 1)),
+    num_layers=2,
+    num_experts=EXPERTS,
 )
 ALL = (tuple(range(EXPERTS)),) * 2
 SETTINGS = [
@@ -76,7 +78,7 @@ class TorchReference:
             self._step((key, None), gradient)
         for entry in SPEC.expert:
             for expert in mean.returned(entry.layer or 0).tolist():
-                self._step((entry.key, expert), mean.experts[entry.key][expert])
+                self._step((entry.key, expert), mean.rows[entry.key][expert])
 
     def _step(self, place: tuple[str, int | None], gradient: Tensor) -> None:
         self.leaves[place].grad = gradient.clone()

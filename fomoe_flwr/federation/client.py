@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context, RecordDict
 
 from fomoe_flwr import __version__
@@ -49,12 +50,21 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     header = TaskHeader.read(content)
     settings = settings_from_dict(header.settings)
     spec = _check_spec(settings, header.spec_digest)
-    shared, experts = wire.vectors_in(
-        content,
-        wire.WEIGHTS,
-        settings.wire.down,
-        (spec.shared_size, spec.experts_size(header.residents)),
-    )
+    part = None if header.fragment < 0 else spec.fragment(header.fragment, settings.outer.fragments)
+    carried = part or spec
+    vectors = {
+        name: wire.vectors_in(
+            content,
+            name,
+            settings.wire.down,
+            (which.shared_size, which.experts_size(header.residents)),
+        )
+        for name, which in (
+            (wire.WEIGHTS, carried),
+            *((name, carried.parameters()) for name in header.moments),
+        )
+    }
+    shared, experts = vectors.pop(wire.WEIGHTS)
     text = _tokenizer_text(header.tokenizer_digest)
     data = _node_data(settings, header.worker, text, context)
     task = RoundTask(
@@ -67,6 +77,9 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         experts=experts,
         state_dir=_state_dir(context, header),
         keep_rounds=header.keep_rounds,
+        part=part,
+        moments=vectors,
+        pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
     )
     return _reply(header, settings, run_round(task, data.batches))
 
@@ -87,20 +100,19 @@ def _reply(header: TaskHeader, settings: Settings, result: RoundResult) -> Recor
         "fresh_experts": result.num_fresh_experts,
     }
     answered = {
+        **wire.counts_fields(report.routing),
         "server_round": header.server_round,
         "worker": header.worker,
         "layout_digest": header.layout_digest,
     }
     up = settings.wire.up
-    return RecordDict(
-        {
-            wire.PSEUDO_GRADIENT: wire.arrays_of(
-                wire.encode(result.shared, up), wire.encode(result.experts, up)
-            ),
-            wire.METRICS: wire.metrics_record(metrics),
-            wire.TASK: wire.json_record(answered),
-        }
+    content = RecordDict(
+        {wire.METRICS: wire.metrics_record(metrics), wire.TASK: wire.json_record(answered)}
     )
+    gradient = (result.shared, result.experts)
+    for name, (shared, experts) in {wire.PSEUDO_GRADIENT: gradient, **result.moments}.items():
+        content[name] = wire.arrays_of(wire.encode(shared, up), wire.encode(experts, up))
+    return content
 
 
 def _check_spec(settings: Settings, digest: str) -> StateSpec:

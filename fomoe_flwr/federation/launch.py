@@ -90,6 +90,7 @@ def words_for(settings: Settings, overrides: Sequence[str]) -> list[str]:
             "output_dir": settings.output_dir,
             "data.path": settings.data.path,
             "data.tokenizer": settings.data.tokenizer,
+            "layout.path": settings.layout.path,
         }
     )
     named = ("engine=", *(f"{key}=" for key in paths))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,7 +25,7 @@ from fomoe_flwr.checkpoint import (
     save_checkpoint,
     stored_rounds,
 )
-from fomoe_flwr.config import Settings
+from fomoe_flwr.config import Settings, SettingsError
 from fomoe_flwr.data.source import evaluation_blocks, prepare_tokenizer
 from fomoe_flwr.data.tokenizer import (
     load_tokenizer,
@@ -36,7 +36,8 @@ from fomoe_flwr.data.tokenizer import (
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
 from fomoe_flwr.evaluation import EvalReport, evaluate, sample_text, unigram_entropy
 from fomoe_flwr.export import assemble, export_model
-from fomoe_flwr.federation.strategy import FoMoEStrategy, RoundRecord, RunIdentity
+from fomoe_flwr.federation.seats import RunIdentity
+from fomoe_flwr.federation.strategy import FoMoEStrategy, RoundRecord
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
@@ -84,18 +85,16 @@ class Server:
         self.totals: dict[str, Any] = {"comm/bytes_up": 0, "comm/bytes_down": 0, "tokens": 0}
         self.rounds_done = 0
         self.run_key = uuid4().hex
+        memory: Mapping[str, Any] | None = None
         if settings.resume:
-            self._resume()
+            memory = self._resume()
         else:
-            settings.save(self.run.config)
             self.tokenizer.save_pretrained(self.run.tokenizer)
+        self._save_config()
         self.identity = RunIdentity(self.run_key, json_text, tokenizer_digest(json_text))
         self.tracker = Tracker(self.run)
-
-    def serve(self, grid: Grid) -> None:
-        """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
-        strategy = FoMoEStrategy(
-            self.settings,
+        self.strategy = FoMoEStrategy(
+            settings,
             self.spec,
             self.state,
             self.outer,
@@ -104,6 +103,12 @@ class Server:
             first_round=self.rounds_done + 1,
             keep_rounds=lambda: stored_rounds(self.run.checkpoints),
         )
+        if memory is not None:
+            self.strategy.remember(memory)
+
+    def serve(self, grid: Grid) -> None:
+        """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
+        strategy = self.strategy
         try:
             report.print_start(self.settings, self.run, strategy.layout(self.rounds_done + 1))
             self._write_summary("running")
@@ -117,6 +122,12 @@ class Server:
         finally:
             self.tracker.close()
             print(f"run directory: {self.run.path}", flush=True)
+
+    def _save_config(self) -> None:
+        """Write down the settings, atomically; a resume may have given the run more rounds."""
+        draft = self.run.config.with_suffix(".draft")
+        replace(self.settings, resume="").save(draft)
+        draft.replace(self.run.config)
 
     def _evaluate_start(self) -> None:
         """Measure the untrained model and what a model without context could reach at best."""
@@ -172,18 +183,25 @@ class Server:
             "run_key": self.run_key,
             "spec_digest": self.spec.digest(),
             "totals": self.totals,
+            "memory": self.strategy.memory(),
             "row": row,
         }
         checkpoint = Checkpoint(self.rounds_done, self.state, self.outer.tensors(), state)
         self.run.checkpoints.mkdir(exist_ok=True)
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep)
 
-    def _resume(self) -> None:
+    def _resume(self) -> Mapping[str, Any]:
+        """Take the newest checkpoint; return what the strategy remembered."""
         checkpoint = load_latest(self.run.checkpoints)
         if checkpoint.state["spec_digest"] != self.spec.digest():
             raise CheckpointError(
                 f"checkpoint of round {checkpoint.server_round} in {self.run.path} belongs to "
                 "another model shape or routing mode"
+            )
+        if checkpoint.server_round > self.settings.rounds:
+            raise SettingsError(
+                f"rounds={self.settings.rounds} but {self.run.path} has done "
+                f"{checkpoint.server_round}: resume it with rounds >= {checkpoint.server_round}"
             )
         with torch.no_grad():
             for key, value in self.state.items():
@@ -197,6 +215,8 @@ class Server:
         if not rows or rows[-1]["round"] != self.rounds_done:
             # The run was killed between its checkpoint and its line.
             self.run.append_metrics(checkpoint.state["row"])
+        memory: Mapping[str, Any] = checkpoint.state["memory"]
+        return memory
 
     def _finish(self) -> None:
         exported = assemble(self.settings, self.state, self.tokenizer)

@@ -9,41 +9,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fomoe_flwr import __version__
 from fomoe_flwr.aggregation import HolderMean
 from fomoe_flwr.config import Settings, one_line
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation import wire
+from fomoe_flwr.federation.seats import RunIdentity, Seats, push, wait
 from fomoe_flwr.federation.wire import TaskHeader, WireError
-from fomoe_flwr.layout import Layout, draw_layout
-from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.layout import NO_CONTEXT, Layout, LayoutContext, draw_layout
+from fomoe_flwr.model.router_probe import RoutingCounts
+from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.outer import OuterStep
+from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
 
-_POLL_SECONDS = 0.1
 REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction", "grad_norm", "lr")
 """Metrics that a reply must carry; `balance_loss` and the fresh-state counts are welcome."""
 
 
 class FederationError(RunError):
     """A federation that cannot begin or go on; the text says who is missing and why."""
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What ties messages and node-local files to this run."""
-
-    key: str
-    tokenizer_json: str
-    tokenizer_digest: str
 
 
 @dataclass
@@ -53,6 +55,10 @@ class RoundRecord:
     server_round: int
     layout: Layout
     started: float = field(default_factory=time.monotonic)
+    counts: dict[int, RoutingCounts] = field(default_factory=dict)
+    """Routing counts of every worker whose reply was folded."""
+    disagreement: Tensor | None = None
+    """[num_layers, num_experts] distance of an expert's copies from their mean before averaging."""
     replies: dict[int, dict[str, float]] = field(default_factory=dict)
     """Metrics of every worker whose reply was folded."""
     failures: dict[int, str] = field(default_factory=dict)
@@ -65,6 +71,11 @@ class RoundRecord:
     train_seconds: float = 0.0
     """From the last message sent to the last reply folded."""
     outer_seconds: float = 0.0
+
+    @property
+    def load(self) -> Tensor:
+        """[num_layers, num_experts] assignments of all workers, ghosts included."""
+        return torch.stack([counts.load for counts in self.counts.values()]).sum(0)
 
 
 class FoMoEStrategy(Strategy):
@@ -101,25 +112,36 @@ class FoMoEStrategy(Strategy):
         self.spec = spec
         self.state = state
         self.outer = outer
-        self.identity = identity
+        self.seats = Seats(settings, spec, identity)
         self.on_round = on_round
         self.first_round = first_round
         self.keep_rounds = keep_rounds
-        self.worker_of_node: dict[int, int] = {}
-        self._refused: dict[int, str] = {}
-        self._asked: dict[str, int] = {}
+        self._current: set[int] = set()
+        self._load: Tensor | None = None
+        self._context = NO_CONTEXT
         self._round = RoundRecord(0, self.layout(max(1, first_round)))
         self._sent: dict[str, int] = {}
 
     def layout(self, server_round: int) -> Layout:
-        """Return the layout of a round: a function of settings, seed and round alone."""
-        model = self.settings.model
+        """Return the layout of the round to come.
+
+        A function of settings, seed, round and, where the kind of layout asks for it, of what was
+        measured before.
+        """
+        settings, model = self.settings, self.settings.model
+        if server_round <= settings.layout.warm_rounds:
+            return Layout.full(model.num_layers, model.num_experts, settings.layout.num_workers)
+        context = self._context
+        if server_round == settings.layout.warm_rounds + 1:
+            # Where experts lay in full replicas is nothing to stay close to.
+            context = replace(context, previous=None)
         return draw_layout(
-            self.settings.layout,
+            settings.layout,
             model.num_layers,
             model.num_experts,
-            self.settings.seed,
+            settings.seed,
             server_round,
+            context,
         )
 
     def summary(self) -> None:
@@ -157,9 +179,9 @@ class FoMoEStrategy(Strategy):
         log(INFO, "Starting %s:", type(self).__name__)
         self.summary()
         last = self.settings.rounds if num_rounds is None else num_rounds
-        self._gather(grid)
-        if missing := self._missing_workers():
-            raise FederationError(self._explain_missing(missing))
+        self.seats.gather(grid)
+        if missing := self.seats.missing_workers():
+            raise FederationError(self.seats.explain_missing(missing))
         for server_round in range(self.first_round, last + 1):
             metrics = self._run_round(server_round, grid, timeout)
             if metrics is not None:
@@ -173,9 +195,9 @@ class FoMoEStrategy(Strategy):
         started = time.monotonic()
         messages = list(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
         self._round.bytes_down = sum(wire.payload_bytes(m.content) for m in messages)
-        sent = _push(grid, messages)
+        sent = push(grid, messages)
         del messages
-        self._sent = {i: self.worker_of_node[node] for i, node in sent.items()}
+        self._sent = {i: self.seats.worker_of_node[node] for i, node in sent.items()}
         self._round.send_seconds = time.monotonic() - started
         self.aggregate_train(server_round, self._replies(grid, started + patience))
         return self.on_round(self._round)
@@ -185,45 +207,46 @@ class FoMoEStrategy(Strategy):
     ) -> Iterable[Message]:
         """Make one message per worker that has a node: shared parameters plus its residents."""
         del arrays, config
-        self._meet(grid)
+        self.seats.meet(grid)
         layout = self.layout(server_round)
         self._round = RoundRecord(server_round, layout)
-        nodes = {worker: node for node, worker in self.worker_of_node.items()}
-        shared = wire.encode(self.spec.pack_shared(self.state), self.settings.wire.down)
+        nodes = self.seats.node_of_worker()
+        # One encoded vector for all workers that get the same part: it is uploaded once.
+        shared: dict[tuple[int, str], Array] = {}
         messages = []
         for worker in range(self.settings.layout.num_workers):
             if worker not in nodes:
                 self._round.failures[worker] = "no node plays this worker"
                 continue
             residents = layout.of_worker(worker)
-            experts = self.spec.pack_experts(self.state, residents)
+            fragment = self._fragment_for(worker, server_round)
+            carried = self._moments_for(fragment, server_round)
             header = TaskHeader(
                 settings=self.settings.to_dict(),
                 spec_digest=self.spec.digest(),
-                tokenizer_digest=self.identity.tokenizer_digest,
-                run_key=self.identity.key,
+                tokenizer_digest=self.seats.identity.tokenizer_digest,
+                run_key=self.seats.identity.key,
                 worker=worker,
                 server_round=server_round,
                 layout_digest=layout.digest(),
                 residents=residents,
                 keep_rounds=self.keep_rounds(),
+                fragment=fragment,
+                moments=list(carried),
+                pooled_share=self._pooled_share(),
             )
-            content = RecordDict(
-                {
-                    wire.WEIGHTS: wire.arrays_of(
-                        shared, wire.encode(experts, self.settings.wire.down)
-                    ),
-                    wire.TASK: header.record(),
-                }
-            )
-            messages.append(
-                Message(
-                    content,
-                    nodes[worker],
-                    MessageType.TRAIN,
-                    ttl=self.settings.federation.round_timeout_seconds,
-                )
-            )
+            content = RecordDict({wire.TASK: header.record()})
+            part = self.spec if fragment < 0 else self._part(fragment)
+            for name, values in {wire.WEIGHTS: self.state, **carried}.items():
+                spec = part if name == wire.WEIGHTS else part.parameters()
+                if (fragment, name) not in shared:
+                    shared[fragment, name] = wire.encode(
+                        spec.pack_shared(values), self.settings.wire.down
+                    )
+                experts = wire.encode(spec.pack_experts(values, residents), self.settings.wire.down)
+                content[name] = wire.arrays_of(shared[fragment, name], experts)
+            ttl = self.settings.federation.round_timeout_seconds
+            messages.append(Message(content, nodes[worker], MessageType.TRAIN, ttl=ttl))
         # A list, not a generator: Flower's HTTP grid walks it twice.
         return messages
 
@@ -235,14 +258,17 @@ class FoMoEStrategy(Strategy):
         Raises FederationError when fewer than `federation.min_workers` replies can be used.
         """
         started = time.monotonic()
-        mean = HolderMean(self.spec)
-        record = self._round
+        outer, record = self.settings.outer, self._round
+        part = self._part(fragment_of_round(outer, server_round))
+        means = {wire.PSEUDO_GRADIENT: HolderMean(part, outer.router_rows)}
+        for name in moments_of_round(outer, server_round):
+            means[name] = HolderMean(part.parameters(), outer.router_rows)
         for reply in replies:
             worker = self._sent.get(reply.metadata.reply_to_message_id, -1)
             if worker in record.replies or worker < 0:
                 continue
             try:
-                record.replies[worker] = self._fold(reply, worker, mean)
+                record.replies[worker] = self._fold(reply, worker, means)
             except WireError as error:
                 record.failures[worker] = one_line(error)
         for worker in range(self.settings.layout.num_workers):
@@ -260,8 +286,17 @@ class FoMoEStrategy(Strategy):
                 f"federation.min_workers={needed} are needed ({reasons})"
             )
         started = time.monotonic()
-        record.missing_experts = len(mean.missing_experts())
-        self.outer.apply(self.state, mean)
+        gradient = means.pop(wire.PSEUDO_GRADIENT)
+        record.missing_experts = len(gradient.missing_experts())
+        record.disagreement = gradient.disagreement()
+        self.outer.apply(self.state, gradient)
+        for name, mean in means.items():
+            self.outer.average_moment(name, mean, self.state)
+        self._current = set(record.replies)
+        self._load = record.load
+        self._context = self._context.after(
+            self.settings.layout, server_round, record.layout, record.load.tolist()
+        )
         record.outer_seconds = time.monotonic() - started
         return None, None
 
@@ -277,130 +312,117 @@ class FoMoEStrategy(Strategy):
         """Return nothing: workers do not evaluate."""
         return None
 
-    def _fold(self, reply: Message, worker: int, mean: HolderMean) -> dict[str, float]:
+    def memory(self) -> dict[str, Any]:
+        """Return what the strategy remembers between rounds, JSON-able, for a checkpoint."""
+        load = None if self._load is None else self._load.tolist()
+        return {
+            "current_workers": sorted(self._current),
+            "load": load,
+            "layout_context": self._context.to_json(),
+        }
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Take the memory of a checkpoint."""
+        self._current = set(memory["current_workers"])
+        self._load = None if memory["load"] is None else torch.tensor(memory["load"])
+        self._context = LayoutContext.from_json(memory["layout_context"])
+
+    def _round_tokens(self) -> int:
+        local = self.settings.local
+        batch = local.batch_size * local.accumulate * self.settings.data.sequence_length
+        return local.steps * batch
+
+    def _part(self, fragment: int) -> StateSpec:
+        return self.spec.fragment(fragment, self.settings.outer.fragments)
+
+    def _fragment_for(self, worker: int, server_round: int) -> int:
+        """Return the fragment that a worker lacks, or -1 where it needs its whole slice.
+
+        A worker whose reply counted has the rest on its disk, as long as its residents stay.
+        """
+        outer = self.settings.outer
+        if outer.fragments == 1 or server_round == 1 or worker not in self._current:
+            return -1
+        before = self._context.previous
+        if before is None or before.of_worker(worker) != self._round.layout.of_worker(worker):
+            return -1
+        return fragment_of_round(outer, server_round - 1)
+
+    def _moments_for(self, fragment: int, server_round: int) -> dict[str, State]:
+        """Return the moments that were averaged at the end of the round before."""
+        if server_round == 1:
+            return {}
+        names = moments_of_round(self.settings.outer, server_round - 1)
+        part = self.spec if fragment < 0 else self._part(fragment)
+        wanted = [entry.key for entry in (*part.shared, *part.expert) if entry.is_parameter]
+        return {
+            name: self.outer.moments[name]
+            for name in names
+            if all(key in self.outer.moments[name] for key in wanted)
+        }
+
+    def _pooled_share(self) -> list[list[float]] | None:
+        if self.settings.balance.form != "global" or self._load is None:
+            return None
+        total = self._load.sum(1, keepdim=True).clamp(min=1)
+        shares: list[list[float]] = (self._load.double() / total).tolist()
+        return shares
+
+    def _fold(
+        self, reply: Message, worker: int, means: Mapping[str, HolderMean]
+    ) -> dict[str, float]:
         if reply.has_error():
             raise WireError(f"{reply.error.reason} (Flower error {reply.error.code})")
-        content = reply.content
-        self._round.bytes_up += wire.payload_bytes(content)
+        content, record = reply.content, self._round
+        record.bytes_up += wire.payload_bytes(content)
         answered = wire.json_in(content, wire.TASK)
         expected = {
-            "server_round": self._round.server_round,
+            "server_round": record.server_round,
             "worker": worker,
-            "layout_digest": self._round.layout.digest(),
+            "layout_digest": record.layout.digest(),
         }
         for key, value in expected.items():
             if answered.get(key) != value:
                 raise WireError(f"answers {key}={answered.get(key)}, this round is {key}={value}")
         metrics = wire.metrics_in(content, REPORTED)
-        residents = self._round.layout.of_worker(worker)
-        shared, experts = wire.vectors_in(
-            content,
-            wire.PSEUDO_GRADIENT,
-            self.settings.wire.up,
-            (self.spec.shared_size, self.spec.experts_size(residents)),
-        )
-        if not metrics["tokens"] > 0:
-            raise WireError(f"metric tokens={metrics['tokens']} must be > 0")
-        weight = metrics["tokens"] if self.settings.outer.weighting == "tokens" else 1.0
-        mean.fold(shared, experts, residents, weight)
+        if not 0 < metrics["tokens"] <= self._round_tokens():
+            raise WireError(
+                f"metric tokens={metrics['tokens']:g} must be > 0 and <= {self._round_tokens()}, "
+                "what the settings give a worker in a round"
+            )
+        counts = wire.counts_in(answered, self.spec.num_layers, self.spec.num_experts)
+        most = self._round_tokens() * self.settings.model.top_k
+        if bool((counts.load.sum(1) > most).any()):
+            raise WireError(
+                f"routing counts of a layer add up to more than {most}, what the settings give a "
+                "worker in a round"
+            )
+        residents = record.layout.of_worker(worker)
+        # All is read before anything is folded: a reply counts whole or not at all.
+        vectors = {
+            name: wire.vectors_in(
+                content,
+                name,
+                self.settings.wire.up,
+                (mean.spec.shared_size, mean.spec.experts_size(residents)),
+            )
+            for name, mean in means.items()
+        }
+        weighting = self.settings.outer.weighting
+        weight = 1.0 if weighting == "uniform" else metrics["tokens"]
+        expert_weights = None
+        if weighting == "routed":
+            expert_weights = [
+                counts.load[layer][list(held)] for layer, held in enumerate(residents)
+            ]
+        for name, mean in means.items():
+            mean.fold(*vectors[name], residents, weight, expert_weights)
+        record.counts[worker] = counts
         return metrics
 
     def _replies(self, grid: Grid, deadline: float) -> Iterator[Message]:
         """Yield replies in worker order, one in memory at a time, until the deadline."""
         for message_id, _ in sorted(self._sent.items(), key=lambda item: item[1]):
-            reply = _wait(grid, message_id, deadline)
+            reply = wait(grid, message_id, deadline)
             if reply is not None:
                 yield reply
-
-    def _gather(self, grid: Grid) -> None:
-        """Meet nodes until every worker has one, or those that are there have all answered."""
-        limits = self.settings.federation
-        started = time.monotonic()
-        while True:
-            self._meet(grid)
-            waited = time.monotonic() - started
-            # A node that was asked may be tokenising its text: that takes what it takes.
-            limit = limits.round_timeout_seconds if self._asked else limits.node_wait_seconds
-            if not self._missing_workers() or waited >= limit:
-                return
-            time.sleep(_POLL_SECONDS)
-
-    def _meet(self, grid: Grid) -> None:
-        """Ask new nodes which worker they play, and seat those that have answered."""
-        alive = set(grid.get_node_ids())
-        if {*self.worker_of_node, *self._refused} - alive:
-            # A seat is free for a node that found it taken, or a node may come back mended.
-            self._refused.clear()
-        self.worker_of_node = {n: w for n, w in self.worker_of_node.items() if n in alive}
-        self._asked = {i: n for i, n in self._asked.items() if n in alive}
-        known = {*self.worker_of_node, *self._refused, *self._asked.values()}
-        strangers = sorted(alive - known)
-        if strangers and self._missing_workers():
-            self._asked |= self._query(grid, strangers)
-        for message_id, node in list(self._asked.items()):
-            for reply in grid.pull_messages([message_id]):
-                del self._asked[message_id]
-                try:
-                    self._seat(node, reply)
-                except WireError as error:
-                    self._refused[node] = one_line(error)
-                    log(WARNING, "node %s cannot take part: %s", node, self._refused[node])
-
-    def _query(self, grid: Grid, nodes: list[int]) -> dict[str, int]:
-        setup = {
-            "version": __version__,
-            "settings": self.settings.to_dict(),
-            "tokenizer": self.identity.tokenizer_json,
-            "spec_digest": self.spec.digest(),
-        }
-        content = RecordDict({wire.SETUP: wire.json_record(setup)})
-        ttl = self.settings.federation.round_timeout_seconds
-        return _push(grid, [Message(content, n, MessageType.QUERY, ttl=ttl) for n in nodes])
-
-    def _seat(self, node: int, reply: Message) -> None:
-        if reply.has_error():
-            raise WireError(f"{reply.error.reason} (Flower error {reply.error.code})")
-        wanted = wire.json_in(reply.content, wire.SETUP).get("worker")
-        missing = self._missing_workers()
-        if not isinstance(wanted, int) or wanted < 0:
-            if not missing:
-                raise WireError("all workers have nodes already")
-            wanted = missing[0]
-        if wanted not in missing:
-            raise WireError(
-                f"asks for worker {wanted}, which is taken or outside "
-                f"layout.num_workers={self.settings.layout.num_workers}"
-            )
-        self.worker_of_node[node] = wanted
-
-    def _missing_workers(self) -> list[int]:
-        taken = set(self.worker_of_node.values())
-        return [w for w in range(self.settings.layout.num_workers) if w not in taken]
-
-    def _explain_missing(self, missing: list[int]) -> str:
-        workers = self.settings.layout.num_workers
-        if self._refused:
-            reasons = "; ".join(sorted(set(self._refused.values())))
-            return f"{len(missing)} of {workers} workers cannot start: {reasons}"
-        return (
-            f"layout.num_workers={workers} but the federation has {workers - len(missing)} usable "
-            f"nodes: start more nodes, or give `flwr run` --federation-config "
-            f'"num-supernodes={workers}"; waited federation.node_wait_seconds='
-            f"{self.settings.federation.node_wait_seconds:g}"
-        )
-
-
-def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
-    """Push messages and return {message id: node}, without those that the grid did not take."""
-    taken = set(grid.push_messages(messages))
-    nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-    return {message_id: node for message_id, node in nodes.items() if message_id in taken}
-
-
-def _wait(grid: Grid, message_id: str, deadline: float) -> Message | None:
-    while True:
-        for reply in grid.pull_messages([message_id]):
-            return reply
-        if time.monotonic() >= deadline:
-            return None
-        time.sleep(_POLL_SECONDS)

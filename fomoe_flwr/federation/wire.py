@@ -17,6 +17,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fomoe_flwr.model.router_probe import RoutingCounts
+from fomoe_flwr.synchronisation import MOMENTS
+
 STYPE = "fomoe.flat"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,6 +109,12 @@ class TaskHeader:
     layout_digest: str
     residents: Sequence[Sequence[int]]
     keep_rounds: Sequence[int]
+    fragment: int
+    """The fragment that the vectors carry; -1 is the whole slice."""
+    moments: Sequence[str]
+    """Names of the averaged moments that come along."""
+    pooled_share: Sequence[Sequence[float]] | None
+    """[num_layers][num_experts] shares of assignments of the round before, where wanted."""
 
     def record(self) -> ConfigRecord:
         """Pack into a record."""
@@ -131,7 +140,59 @@ class TaskHeader:
             isinstance(residents, list) and all(_are_counts(layer) for layer in residents),
             "a list of lists of integers >= 0",
         )
+        _expect("fragment", type(header.fragment) is int and header.fragment >= -1, "-1 or more")
+        known = isinstance(header.moments, list) and set(map(str, header.moments)) <= set(MOMENTS)
+        _expect("moments", known, f"a list of {', '.join(MOMENTS)}")
+        _expect("pooled_share", _is_table(header.pooled_share), "null or a table of numbers")
         return cls(**{**fields, "residents": tuple(tuple(layer) for layer in residents)})
+
+
+def counts_in(fields: Mapping[str, Any], num_layers: int, num_experts: int) -> RoutingCounts:
+    """Read the routing counts of a reply. Raises WireError."""
+    load, ghosts, all_ghost = (fields.get(key) for key in ("load", "ghosts", "all_ghost"))
+    right = (
+        isinstance(load, list)
+        and len(load) == num_layers
+        and all(_is_row(row, num_experts) for row in load)
+        and _is_row(ghosts, num_layers)
+        and _is_row(all_ghost, num_layers)
+        and _is_count(fields.get("routed_tokens"))
+    )
+    if not right:
+        raise WireError(
+            f"routing counts must be tables of integers >= 0, {num_layers} layers by "
+            f"{num_experts} experts"
+        )
+    return RoutingCounts(
+        torch.tensor(load),
+        torch.tensor(ghosts),
+        torch.tensor(all_ghost),
+        int(fields["routed_tokens"]),
+    )
+
+
+def counts_fields(counts: RoutingCounts) -> dict[str, Any]:
+    """Return routing counts as JSON-able fields."""
+    return {
+        "load": counts.load.tolist(),
+        "ghosts": counts.ghosts.tolist(),
+        "all_ghost": counts.all_ghost.tolist(),
+        "routed_tokens": counts.tokens,
+    }
+
+
+def _is_row(value: Any, length: int) -> bool:
+    return _are_counts(value) and len(value) == length
+
+
+def _is_table(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and all(
+            isinstance(row, list) and all(isinstance(item, int | float) for item in row)
+            for row in value
+        )
+    )
 
 
 def _expect(name: str, is_right: bool, wanted: str) -> None:
@@ -140,7 +201,8 @@ def _expect(name: str, is_right: bool, wanted: str) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    # JSON's numbers have no end, a tensor's have; and counts are added up.
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _are_counts(value: Any) -> bool:

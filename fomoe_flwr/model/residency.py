@@ -7,6 +7,7 @@ cut to `[R, ...]` there, and only then does memory appear. Which parameters are 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.errors import InputError
 from fomoe_flwr.model.experts import IMPLEMENTATION, register
-from fomoe_flwr.model.families import model_class
+from fomoe_flwr.model.families import FAMILIES
 from fomoe_flwr.routing import RoutingMode, is_expert_key, layer_of
 
 Residents = Sequence[Sequence[int]]
@@ -38,10 +40,13 @@ def build_model(
     `empty=True` parameters are left uninitialised, for a caller that overwrites all of them.
     """
     register()
-    with torch.device("meta"):
-        built = model_class(model.family)._from_config(
-            config, experts_implementation=IMPLEMENTATION
-        )
+    family = FAMILIES[model.family]
+    with torch.device("meta"), warnings.catch_warnings():
+        # A stock block without shared experts still has their matrices, of no elements.
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        built = family.model_class._from_config(config, experts_implementation=IMPLEMENTATION)
+    for _, block in moe_blocks(built):
+        block.gate.score_function = family.score_function
     if residents is not None:
         _cut(built, model, residents)
     with torch.random.fork_rng(devices=[]):
@@ -64,14 +69,24 @@ def moe_blocks(model: nn.Module) -> Iterator[tuple[int, Any]]:
 
 
 def _cut(model: PreTrainedModel, settings: ModelSettings, residents: Residents) -> None:
-    """Replace, on meta, every per-expert parameter `[E, ...]` by one of `[R, ...]`."""
-    routing = settings.routing_mode
-    for name, parameter in list(model.named_parameters()):
+    """Replace, on meta, every per-expert parameter or buffer `[E, ...]` by one of `[R, ...]`."""
+    routing, family = settings.routing_mode, FAMILIES[settings.family]
+    if routing is RoutingMode.PARTITIONED:
+        fewest = min(map(len, residents))
+        if fewest < family.min_scored_experts:
+            raise InputError(
+                f"model.family={settings.family} cannot route over {fewest} expert(s): with "
+                f"model.routing=partitioned every worker must hold at least "
+                f"{family.min_scored_experts} of each layer; raise layout.overlap"
+            )
+    state = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in state:
         if is_expert_key(name, routing):
             owner_name, _, leaf = name.rpartition(".")
             rows = len(residents[layer_of(name)])
-            cut = torch.empty(rows, *parameter.shape[1:], dtype=parameter.dtype, device="meta")
-            setattr(model.get_submodule(owner_name), leaf, nn.Parameter(cut))
+            cut = torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
+            value = nn.Parameter(cut) if isinstance(tensor, nn.Parameter) else cut
+            setattr(model.get_submodule(owner_name), leaf, value)
     for layer, block in moe_blocks(model):
         count = len(residents[layer])
         block.experts.num_experts = count

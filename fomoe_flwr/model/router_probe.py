@@ -38,19 +38,36 @@ class RoutingCounts:
         return _ratio(float(self.all_ghost.sum()), float(self.tokens * len(self.all_ghost)))
 
 
+@dataclass(frozen=True)
+class RouterLosses:
+    """Losses on the routers of one forward pass, unweighted."""
+
+    balance: Tensor
+    """E * sum_i f_i P_i (Switch): f_i share of assignments to expert i, P_i its mean probability.
+
+    Sigmoid scores are normalised over the experts first; 1 is perfect balance. In `skip_token`
+    ghosts take part, so that a worker's router does not forget them.
+    """
+    z: Tensor
+    """Mean squared logsumexp of the logits."""
+
+
 @dataclass
 class RouterProbe:
     """Listens to every router of a model.
 
-    Between `model(...)` and `backward()`, `balance_loss()` gives the loss of that forward pass;
+    Between `model(...)` and `backward()`, `losses()` gives the losses of that forward pass;
     `counts` grow until they are read.
     """
 
     model: nn.Module
     num_experts: int
     residents: Residents | None = None
+    pooled_share: Tensor | None = None
+    """[num_layers, num_experts] shares of assignments to use in place of the micro-batch's own."""
     counts: RoutingCounts = field(init=False)
-    _pending: list[Tensor] = field(init=False, default_factory=list)
+    _pending: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
+    _step_load: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         blocks = list(moe_blocks(self.model))
@@ -71,16 +88,26 @@ class RouterProbe:
         for handle in self._handles:
             handle.remove()
 
-    def balance_loss(self) -> Tensor:
-        """Return the mean over layers of E * sum_i f_i P_i since the last call (Switch form).
+    def losses(self) -> RouterLosses:
+        """Return the routers' losses since the last call, means over layers."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return RouterLosses(torch.zeros(()), torch.zeros(()))
+        balance, z = (torch.stack(column).mean() for column in zip(*pending, strict=True))
+        return RouterLosses(balance, z)
 
-        f_i is the share of assignments to expert i, P_i its mean gate probability; 1 is perfect
-        balance. In `skip_token` ghosts take part, so a worker's router does not forget them.
+    def move_biases(self, rate: float) -> None:
+        """Move every selection bias by `rate` towards balance (arXiv 2408.15664).
+
+        An expert with less than the mean load since the last call gets more, one above it less.
         """
-        losses, self._pending = self._pending, []
-        if not losses:
-            return torch.zeros(())
-        return torch.stack(losses).mean()
+        loads, self._step_load = self._step_load, {}
+        if not rate:
+            return
+        for layer, block in moe_blocks(self.model):
+            load = loads[layer].float()
+            with torch.no_grad():
+                block.gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)
 
     def _listener(self, layer: int, block: Any) -> Callable[..., None]:
         slots = getattr(block.experts, "slot_of_expert", None)
@@ -88,16 +115,26 @@ class RouterProbe:
         if self.residents is not None and slots is None:
             # `partitioned`: the router counts slots; write them down under their global ids.
             held = torch.tensor(self.residents[layer], dtype=torch.long)
+        pooled = None if self.pooled_share is None else self.pooled_share[layer, held]
+        if pooled is not None and not pooled.any():
+            # Nobody who holds these experts was heard of in the round before.
+            pooled = None
 
         def listen(_module: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
             logits_TE, chosen_TK = output[0], output[-1]
             if not self.model.training:
                 return
             load_E = torch.bincount(chosen_TK.reshape(-1), minlength=logits_TE.shape[-1])
+            self._step_load[layer] = load_E + self._step_load.get(layer, 0)
             if torch.is_grad_enabled():
-                probability_E = torch.softmax(logits_TE.float(), -1).mean(0)
-                share_E = load_E.float() / chosen_TK.numel()
-                self._pending.append(logits_TE.shape[-1] * (share_E * probability_E).sum())
+                probability_E = _probabilities(block.gate, logits_TE).mean(0)
+                if pooled is None:
+                    share_E = load_E.float() / chosen_TK.numel()
+                else:
+                    share_E = (pooled / pooled.sum()).to(probability_E)
+                balance = logits_TE.shape[-1] * (share_E * probability_E).sum()
+                z = logits_TE.float().logsumexp(-1).square().mean()
+                self._pending.append((balance, z))
             self.counts.load[layer, held] += load_E.cpu()
             if slots is not None:
                 ghost_TK = slots[chosen_TK] == block.experts.num_experts
@@ -107,6 +144,13 @@ class RouterProbe:
                 self.counts.tokens += len(chosen_TK)
 
         return listen
+
+
+def _probabilities(gate: nn.Module, logits_TE: Tensor) -> Tensor:
+    if getattr(gate, "score_function", "softmax") == "sigmoid":
+        score_TE = logits_TE.float().sigmoid()
+        return score_TE / score_TE.sum(-1, keepdim=True)
+    return torch.softmax(logits_TE.float(), -1)
 
 
 def _ratio(part: float, whole: float) -> float:

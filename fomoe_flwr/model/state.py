@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -22,18 +22,30 @@ from transformers import PreTrainedConfig
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.routing import is_expert_key, layer_of
+from fomoe_flwr.synchronisation import fragment_rows
 
 State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One state key with its shape in the full model."""
+    """One state key, or some rows of a shared one, with its shape in the full model."""
 
     key: str
     shape: tuple[int, ...]
     layer: int | None
     """Decoder layer of an expert key, whose first axis enumerates experts; None if shared."""
+    start: int = 0
+    """First of `shape[0]` rows of a shared key; more than 0 only in a fragment."""
+    is_parameter: bool = True
+    """False for a buffer: it travels with the weights but has no optimizer state."""
+
+    def of(self, state: State) -> Tensor:
+        """View this entry's part of a full state."""
+        whole = state[self.key]
+        if not self.shape or whole.shape[0] == self.shape[0]:
+            return whole
+        return whole[self.start : self.start + self.shape[0]]
 
     @property
     def row_size(self) -> int:
@@ -47,6 +59,8 @@ class StateSpec:
 
     shared: tuple[Entry, ...]
     expert: tuple[Entry, ...]
+    num_layers: int
+    num_experts: int
 
     @classmethod
     def of(cls, settings: ModelSettings, config: PreTrainedConfig) -> StateSpec:
@@ -56,21 +70,39 @@ class StateSpec:
     @classmethod
     def of_model(cls, model: nn.Module, settings: ModelSettings) -> StateSpec:
         """Read the spec off a model that has all experts."""
-        shared, expert = [], []
+        shared: list[Entry] = []
+        expert: list[Entry] = []
+        parameters = {name for name, _ in model.named_parameters()}
         for key, value in state_of(model).items():
-            if is_expert_key(key, settings.routing_mode):
-                expert.append(Entry(key, tuple(value.shape), layer_of(key)))
-            else:
-                shared.append(Entry(key, tuple(value.shape), None))
-        return cls(tuple(shared), tuple(expert))
+            is_expert = is_expert_key(key, settings.routing_mode)
+            layer = layer_of(key) if is_expert else None
+            entry = Entry(key, tuple(value.shape), layer, is_parameter=key in parameters)
+            (expert if is_expert else shared).append(entry)
+        return cls(tuple(shared), tuple(expert), settings.num_layers, settings.num_experts)
 
-    @property
-    def num_layers(self) -> int:
-        return 1 + max((e.layer for e in self.expert if e.layer is not None), default=-1)
+    def fragment(self, fragment: int, num_fragments: int) -> StateSpec:
+        """Return the part of the state that one fragment carries; see `synchronisation`."""
+        if num_fragments == 1:
+            return self
+        shared = []
+        for entry in self.shared:
+            start, stop = fragment_rows(entry.key, entry.shape[0], fragment, num_fragments)
+            if stop > start:
+                shared.append(replace(entry, shape=(stop - start, *entry.shape[1:]), start=start))
+        expert = [
+            entry
+            for entry in self.expert
+            if fragment_rows(entry.key, 1, fragment, num_fragments) == (0, 1)
+        ]
+        return replace(self, shared=tuple(shared), expert=tuple(expert))
 
-    @property
-    def num_experts(self) -> int:
-        return self.expert[0].shape[0] if self.expert else 0
+    def parameters(self) -> StateSpec:
+        """Return the part of the state that an optimizer keeps state for."""
+        return replace(
+            self,
+            shared=tuple(entry for entry in self.shared if entry.is_parameter),
+            expert=tuple(entry for entry in self.expert if entry.is_parameter),
+        )
 
     @property
     def shared_size(self) -> int:
@@ -83,12 +115,12 @@ class StateSpec:
 
     def digest(self) -> str:
         """Identify the spec: two sides with the same digest agree on every offset."""
-        text = repr([(e.key, e.shape, e.layer) for e in (*self.shared, *self.expert)])
+        text = repr([(e.key, e.shape, e.layer, e.start) for e in (*self.shared, *self.expert)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def pack_shared(self, state: State) -> Tensor:
         """Concatenate the shared keys into one fp32 vector."""
-        return _concatenate([state[entry.key] for entry in self.shared])
+        return _concatenate([entry.of(state) for entry in self.shared])
 
     def pack_experts(self, state: State, residents: Residents | None = None) -> Tensor:
         """Concatenate expert rows into one fp32 vector.
@@ -132,6 +164,12 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict(keep_vars=True)
     state |= {name: b for name, b in model.named_buffers() if name in persistent}
     return state
+
+
+def overlay(state: State, spec: StateSpec, pieces: State) -> None:
+    """Copy a fragment's pieces over a worker's or the server's whole state."""
+    for entry in (*spec.shared, *spec.expert):
+        entry.of(state).copy_(pieces[entry.key])
 
 
 def load_state(model: nn.Module, state: State) -> None:

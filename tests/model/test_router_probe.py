@@ -148,26 +148,26 @@ def test_balance_loss_equals_its_formula(routing: str, residents: Residents | No
     routers = Routers(model)
     probe = RouterProbe(model, SHAPE.num_experts, residents)
     run(model, 0)
-    assert probe.balance_loss().item() == pytest.approx(balance_by_hand(routers), rel=1e-5)
+    assert probe.losses().balance.item() == pytest.approx(balance_by_hand(routers), rel=1e-5)
 
 
 def test_balance_loss_is_that_of_the_latest_forward_pass_only() -> None:
     model = model_of().train()
     probe = RouterProbe(model, SHAPE.num_experts)
     run(model, 0)
-    first = probe.balance_loss().item()
-    assert probe.balance_loss().item() == 0.0
+    first = probe.losses().balance.item()
+    assert probe.losses().balance.item() == 0.0
     run(model, 1)
-    probe.balance_loss()
+    probe.losses().balance
     run(model, 0)
-    assert probe.balance_loss().item() == first
+    assert probe.losses().balance.item() == first
 
 
 def test_balance_loss_moves_every_router_row_also_those_of_ghosts() -> None:
     model = model_of("skip_token", RESIDENTS).train()
     probe = RouterProbe(model, SHAPE.num_experts, RESIDENTS)
     run(model, 0)
-    probe.balance_loss().backward()
+    probe.losses().balance.backward()
     for _, block in moe_blocks(model):
         assert (block.gate.weight.grad.abs().sum(-1) > 0).all()
 
@@ -177,14 +177,14 @@ def test_perfect_balance_with_uniform_probability_costs_one() -> None:
     probe = RouterProbe(model, 4)
     model(1e-4 * torch.eye(4))
     assert probe.counts.load.tolist() == [[1, 1, 1, 1]]
-    assert probe.balance_loss().item() == pytest.approx(1.0, abs=1e-6)
+    assert probe.losses().balance.item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_collapsed_router_costs_the_number_of_experts() -> None:
     model = FakeModel(top_k=1)
     probe = RouterProbe(model, 4)
     model(torch.tensor([[0.0, 100.0, 0.0, 0.0]] * 8))
-    assert probe.balance_loss().item() == pytest.approx(4.0, rel=1e-6)
+    assert probe.losses().balance.item() == pytest.approx(4.0, rel=1e-6)
 
 
 def test_balance_loss_by_hand() -> None:
@@ -193,7 +193,7 @@ def test_balance_loss_by_hand() -> None:
     model(torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]]).log())
     share, probability = [2 / 4, 1 / 4, 1 / 4], [0.55, 0.2, 0.25]
     expected = 3 * sum(f * p for f, p in zip(share, probability, strict=True))
-    assert probe.balance_loss().item() == pytest.approx(expected, rel=1e-6)
+    assert probe.losses().balance.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_eval_mode_counts_nothing() -> None:
@@ -203,7 +203,7 @@ def test_eval_mode_counts_nothing() -> None:
     assert int(probe.counts.load.sum()) == 0
     assert probe.counts.tokens == 0
     assert probe.counts.ghost_fraction == probe.counts.all_ghost_fraction == 0.0
-    assert probe.balance_loss().item() == 0.0
+    assert probe.losses().balance.item() == 0.0
 
 
 def test_no_grad_counts_without_a_pending_loss() -> None:
@@ -212,7 +212,7 @@ def test_no_grad_counts_without_a_pending_loss() -> None:
     with torch.no_grad():
         run(model, 0)
     assert probe.counts.tokens == TOKENS
-    assert probe.balance_loss().item() == 0.0
+    assert probe.losses().balance.item() == 0.0
 
 
 def test_a_closed_probe_hears_nothing() -> None:

@@ -1,0 +1,147 @@
+"""Seats: which Flower node plays which worker.
+
+Node ids are random and the server sees no node's configuration, so a node is asked (a query) which
+worker it plays. The query also hands it the run's tokenizer and lets it prepare its text. Nobody is
+waited for in the middle of a run: answers are collected when they are there.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from logging import WARNING
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from fomoe_flwr import __version__
+from fomoe_flwr.config import Settings, one_line
+from fomoe_flwr.federation import wire
+from fomoe_flwr.federation.wire import WireError
+from fomoe_flwr.model.state import StateSpec
+
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What ties messages and node-local files to this run."""
+
+    key: str
+    tokenizer_json: str
+    tokenizer_digest: str
+
+
+class Seats:
+    """The workers of a layout and the nodes that play them."""
+
+    def __init__(self, settings: Settings, spec: StateSpec, identity: RunIdentity) -> None:
+        self.settings = settings
+        self.spec = spec
+        self.identity = identity
+        self.worker_of_node: dict[int, int] = {}
+        self._refused: dict[int, str] = {}
+        self._asked: dict[str, int] = {}
+
+    def node_of_worker(self) -> dict[int, int]:
+        """Return {worker: node} for every worker that has one."""
+        return {worker: node for node, worker in self.worker_of_node.items()}
+
+    def gather(self, grid: Grid) -> None:
+        """Meet nodes until every worker has one, or those that are there have all answered."""
+        limits = self.settings.federation
+        started = time.monotonic()
+        while True:
+            self.meet(grid)
+            waited = time.monotonic() - started
+            # A node that was asked may be tokenising its text: that takes what it takes.
+            limit = limits.round_timeout_seconds if self._asked else limits.node_wait_seconds
+            answered = len(self.worker_of_node) + len(self._refused)
+            enough = not self._asked and answered >= self.settings.layout.num_workers
+            if not self.missing_workers() or enough or waited >= limit:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def meet(self, grid: Grid) -> None:
+        """Ask new nodes which worker they play, and seat those that have answered."""
+        alive = set(grid.get_node_ids())
+        if {*self.worker_of_node, *self._refused} - alive:
+            # A seat is free for a node that found it taken, or a node may come back mended.
+            self._refused.clear()
+        self.worker_of_node = {n: w for n, w in self.worker_of_node.items() if n in alive}
+        self._asked = {i: n for i, n in self._asked.items() if n in alive}
+        known = {*self.worker_of_node, *self._refused, *self._asked.values()}
+        strangers = sorted(alive - known)
+        if strangers and self.missing_workers():
+            self._asked |= self._query(grid, strangers)
+        for message_id, node in list(self._asked.items()):
+            for reply in grid.pull_messages([message_id]):
+                del self._asked[message_id]
+                try:
+                    self._seat(node, reply)
+                except WireError as error:
+                    self._refused[node] = one_line(error)
+                    log(WARNING, "node %s cannot take part: %s", node, self._refused[node])
+
+    def _query(self, grid: Grid, nodes: list[int]) -> dict[str, int]:
+        setup = {
+            "version": __version__,
+            "settings": self.settings.to_dict(),
+            "tokenizer": self.identity.tokenizer_json,
+            "spec_digest": self.spec.digest(),
+        }
+        content = RecordDict({wire.SETUP: wire.json_record(setup)})
+        ttl = self.settings.federation.round_timeout_seconds
+        return push(grid, [Message(content, n, MessageType.QUERY, ttl=ttl) for n in nodes])
+
+    def _seat(self, node: int, reply: Message) -> None:
+        if reply.has_error():
+            raise WireError(f"{reply.error.reason} (Flower error {reply.error.code})")
+        wanted = wire.json_in(reply.content, wire.SETUP).get("worker")
+        missing = self.missing_workers()
+        if not isinstance(wanted, int) or wanted < 0:
+            if not missing:
+                raise WireError("all workers have nodes already")
+            wanted = missing[0]
+        if wanted not in missing:
+            raise WireError(
+                f"asks for worker {wanted}, which is taken or outside "
+                f"layout.num_workers={self.settings.layout.num_workers}"
+            )
+        self.worker_of_node[node] = wanted
+
+    def missing_workers(self) -> list[int]:
+        """List the workers that no node plays."""
+        taken = set(self.worker_of_node.values())
+        return [w for w in range(self.settings.layout.num_workers) if w not in taken]
+
+    def explain_missing(self, missing: list[int]) -> str:
+        """Say in one line why these workers have no node and what to do."""
+        workers = self.settings.layout.num_workers
+        if self._refused:
+            reasons = "; ".join(sorted(set(self._refused.values())))
+            return f"{len(missing)} of {workers} workers cannot start: {reasons}"
+        return (
+            f"layout.num_workers={workers} but the federation has {workers - len(missing)} usable "
+            f"nodes: start more nodes, or give `flwr run` --federation-config "
+            f'"num-supernodes={workers}"; waited federation.node_wait_seconds='
+            f"{self.settings.federation.node_wait_seconds:g}"
+        )
+
+
+def push(grid: Grid, messages: list[Message]) -> dict[str, int]:
+    """Push messages and return {message id: node}, without those that the grid did not take."""
+    taken = set(grid.push_messages(messages))
+    nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+    return {message_id: node for message_id, node in nodes.items() if message_id in taken}
+
+
+def wait(grid: Grid, message_id: str, deadline: float) -> Message | None:
+    """Return a message's reply, or None when the deadline (monotonic seconds) passes first."""
+    while True:
+        for reply in grid.pull_messages([message_id]):
+            return reply
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(POLL_SECONDS)

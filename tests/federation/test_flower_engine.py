@@ -1,0 +1,104 @@
+"""The same run on Flower's simulation engine: real processes, the same numbers, nothing left."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fomoe_flwr.cli import main
+from fomoe_flwr.federation.launch import project_root
+from fomoe_flwr.run_directory import RunDirectory
+
+
+def words(small_text: Path) -> list[str]:
+    return ["run", "preset=tiny", "seed=3", f"data.path={small_text}", "local.threads=1"]
+
+
+def run_in_process_of_its_own(
+    small_text: Path, out: Path, *overrides: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "fomoe_flwr.cli",
+            *words(small_text),
+            "engine=flower",
+            f"output_dir={out}",
+            *overrides,
+        ],
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def left_behind(home: Path) -> list[str]:
+    """List processes that have to do with the run's Flower home, by command line or environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line, variables = process.cmdline(), process.environ()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if any(str(home) in word for word in [*line, *variables.values()]):
+            found.append(" ".join(line))
+    return found
+
+
+@pytest.mark.flower
+def test_flower_gives_the_run_that_one_process_gives(small_text: Path, tmp_path: Path) -> None:
+    done = run_in_process_of_its_own(small_text, tmp_path / "flower")
+    assert left_behind(tmp_path / "flower") == []
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert main([*words(small_text), f"output_dir={tmp_path / 'here'}"]) == 0
+
+    run, here = RunDirectory(tmp_path / "flower"), RunDirectory(tmp_path / "here")
+    assert run.read_summary()["status"] == "completed"
+    assert (run.export / "model.safetensors").is_file()
+    rows, wanted = run.read_metrics(), here.read_metrics()
+    assert len(rows) == len(wanted) == 2
+    for row, want in zip(rows, wanted, strict=True):
+        for key in ("eval/loss", "train/loss", "train/grad_norm", "moe/ghost_fraction"):
+            assert row[key] == pytest.approx(want[key], abs=1e-5), key
+        for key in ("comm/bytes_up", "comm/bytes_down", "train/tokens", "round/workers_ok"):
+            assert row[key] == want[key], key
+    assert run.read_layouts() == here.read_layouts()
+
+
+@pytest.mark.flower
+def test_a_run_that_fails_inside_flower_fails_outside(small_text: Path, tmp_path: Path) -> None:
+    diverging = ["local.lr=1e30", "local.optimizer=sgd", "local.steps=6"]
+    done = run_in_process_of_its_own(small_text, tmp_path / "flower", *diverging)
+    assert left_behind(tmp_path / "flower") == []
+    assert done.returncode == 1, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "training loss is nan" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    summary = RunDirectory(tmp_path / "flower").read_summary()
+    assert (summary["status"], summary["rounds_done"]) == ("failed", 0)
+    assert "training loss is nan" in summary["error"]
+
+
+def test_the_bundle_has_both_apps_the_package_and_its_settings_and_no_tests() -> None:
+    from flwr.cli.build import build_fab_from_disk
+
+    root = project_root()
+    bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(root)))
+    names = {name for name in bundle.namelist() if not name.startswith(".info/")}
+    wanted = {"pyproject.toml", "server_app.py", "client_app.py"}
+    for pattern in ("conf/**/*.yaml", "fomoe_flwr/**/*.py"):
+        wanted |= {path.relative_to(root).as_posix() for path in root.glob(pattern)}
+    assert len(wanted) > 40
+    assert wanted <= names
+    extra = names - wanted
+    assert {name for name in extra if name not in ("LICENSE", "README.md")} == set()
+    for name in wanted - {"pyproject.toml"}:
+        assert bundle.read(name) == (root / name).read_bytes()
