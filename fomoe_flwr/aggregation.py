@@ -101,7 +101,8 @@ class HolderMean:
             old = mean[held]
             difference = piece - old
             if entry.layer is not None:
-                apart[layer, held] += difference.flatten(1).square().sum(1).double()
+                squares = difference.reshape(len(held), entry.row_size).square()
+                apart[layer, held] += squares.sum(1).double()
             share = shares[layer].float().view(-1, *(1 for _ in entry.shape[1:]))
             mean[held] = old + difference * share
         for layer, held in enumerate(rows):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_flwr import __version__
-from fomoe_flwr.config import Settings, load_settings
+from fomoe_flwr.config import PATHS, Settings, load_settings
 from fomoe_flwr.errors import InputError, RunError
 
 _EXAMPLES = """examples:
@@ -111,7 +111,7 @@ def _absolute(settings: Settings) -> Settings:
     chosen = Path(settings.output_dir) if settings.output_dir else None
     path = chosen or default_output_dir(settings, Path("outputs"))
     settings.output_dir = str(path.expanduser().resolve())
-    for group, key in (("data", "path"), ("data", "tokenizer"), ("layout", "path")):
+    for group, key in PATHS:
         if given := getattr(getattr(settings, group), key):
             setattr(getattr(settings, group), key, str(Path(given).expanduser().resolve()))
     return settings

@@ -73,6 +73,8 @@ class ModelSettings:
     tie_embeddings: bool = True
     norm_topk: bool = False
     init_std: float = _number(0.02, above=0)
+    pretrained: str = ""
+    """Folder of a transformers checkpoint to go on from (continued pre-training)."""
     rope_theta: float = _number(0.0, at_least=0)
     """Base of the rotary angles; 0 means the family's own."""
     norm_eps: float = _number(0.0, at_least=0)
@@ -202,6 +204,8 @@ class EvalSettings:
     every: int = _number(1, at_least=1)
     batch_size: int = _number(16, at_least=1)
     max_tokens: int = _number(32768, at_least=1)
+    probe_tokens: int = _number(512, at_least=0)
+    """Held-out tokens on which the choices of routers are compared; 0 compares nothing."""
     sample_prompt: str = "The "
     sample_tokens: int = _number(80, at_least=0)
 
@@ -261,6 +265,9 @@ SHARED_EXPERT_FAMILIES = ("deepseek_v3", "glm4_moe")
 
 BIASED_FAMILIES = ("deepseek_v3", "glm4_moe", "fomoe")
 """Families whose router adds a bias of each expert to its score when it chooses."""
+
+PATHS = (("data", "path"), ("data", "tokenizer"), ("model", "pretrained"), ("layout", "path"))
+"""Settings, by section, that name a file or folder of this machine."""
 
 LOCAL_STREAMS = ("parquet", "json", "text")
 """Values of `data.dataset` that stream the local files of `data.path`."""

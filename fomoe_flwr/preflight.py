@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from fomoe_flwr.config import Settings, SettingsError
 from fomoe_flwr.costs import layout_context
 from fomoe_flwr.data.source import check_data
 from fomoe_flwr.layout import check_layout
+from fomoe_flwr.pretrained import check_pretrained
 from fomoe_flwr.run_directory import claim_output_dir
 
 
@@ -19,5 +22,7 @@ def preflight(settings: Settings) -> None:
     is_here = settings.engine == "in_process"
     if is_here and settings.local.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
+    if model.pretrained:
+        check_pretrained(Path(model.pretrained), model)
     check_data(settings)
     claim_output_dir(settings)

@@ -129,7 +129,7 @@ def read_pretrained(
     SettingsError, naming `model.pretrained`, if the checkpoint is not this model.
     """
     folder = Path(folder).expanduser()
-    _check_config(folder, model)
+    check_pretrained(folder, model)
     with Checkpoint(folder) as checkpoint:
         state = {entry.key: _read_shared(checkpoint, model, entry) for entry in spec.shared}
         for entry in spec.expert:
@@ -158,7 +158,7 @@ def pretrained_shape(folder: str | Path) -> dict[str, Any]:
     is_narrow = hasattr(config, "moe_intermediate_size")
     fields["expert_size"] = config.moe_intermediate_size if is_narrow else config.intermediate_size
     fields["rope_theta"] = _rope_theta(config)
-    _check_config(folder, ModelSettings(**fields))
+    check_pretrained(folder, ModelSettings(**fields))
     return fields
 
 
@@ -237,7 +237,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return FAMILIES[kind].config_class.from_dict(stored)
 
 
-def _check_config(folder: Path, model: ModelSettings) -> None:
+def check_pretrained(folder: Path, model: ModelSettings) -> None:
     """Refuse a checkpoint whose configuration computes something else than the settings do."""
     theirs, ours = _read_config(folder), transformers_config(model, 0)
     if theirs.model_type != model.family:

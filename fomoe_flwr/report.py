@@ -127,6 +127,7 @@ def print_end(run: RunDirectory) -> None:
             str(row["round/workers_ok"]),
         )
     console.print(table)
+    _print_routing(console, run)
     summary = run.read_summary()
     if "eval/unigram_entropy" in summary:
         console.print(
@@ -139,18 +140,53 @@ def print_end(run: RunDirectory) -> None:
         console.print(f"\nsample ({samples[-1].name}):", markup=False)
         console.print(samples[-1].read_text(encoding="utf-8").strip(), markup=False)
     console.print("\nwritten:", markup=False)
-    for path in (run.metrics, run.summary, run.plots, run.checkpoints, run.export):
+    for path in (run.metrics, run.routing, run.summary, run.plots, run.checkpoints, run.export):
         if path.exists():
             console.print(f"  {path}", markup=False, soft_wrap=True)
 
 
+def _print_routing(console: Console, run: RunDirectory) -> None:
+    """Print the routing of the last round, layer by layer."""
+    lines = run.read_routing()
+    if not lines:
+        return
+    table = Table(
+        title=f"stable routing (round {lines[-1]['round']}; expected: of uniform routing)",
+        title_justify="left",
+    )
+    shown = (
+        ("ghosts", "ghost_fraction", "{:.1%}"),
+        ("expected", "ghost_expected", "{:.1%}"),
+        ("all-ghost", "all_ghost_fraction", "{:.1%}"),
+        ("expected", "all_ghost_expected", "{:.1%}"),
+        ("entropy", "load_entropy", "{:.3f}"),
+        ("MaxVio", "max_vio", "{:.2f}"),
+        ("dead", "dead_experts", "{:.1%}"),
+        ("churn", "churn", "{:.1%}"),
+        ("agreement", "worker_agreement", "{:.1%}"),
+        ("drift", "expert_drift", "{:.4f}"),
+    )
+    for column in ("layer", *(title for title, _, _ in shown)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in lines[-1]["layers"]:
+        values = [(row.get(name), form) for _, name, form in shown]
+        cells = ["-" if value is None else form.format(value) for value, form in values]
+        table.add_row(str(row["layer"]), *cells)
+    console.print(table)
+
+
 def draw_plots(run: RunDirectory, settings: Settings) -> list[Path]:
-    """Draw loss against tokens and bytes, and who held what; return the files."""
+    """Draw loss against tokens and bytes, the routing, and who held what; return the files."""
     # pyplot is slow to import, and only a finished run needs it.
     from fomoe_flwr.layout_picture import draw_holders
+    from fomoe_flwr.routing_picture import draw_routing
 
     run.plots.mkdir(exist_ok=True)
     written = [draw_loss(run)]
+    if lines := run.read_routing():
+        path = run.plots / "routing.png"
+        draw_routing(lines, path, f"{run.path.name}: stable routing")
+        written.append(path)
     layouts = run.read_layouts()
     if layouts:
         last = max(layouts, key=int)

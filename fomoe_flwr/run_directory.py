@@ -1,10 +1,11 @@
 """The run directory: what a run leaves behind, and where.
 
 config.yaml      resolved settings            metrics.jsonl   one object a round
-summary.json     status and totals            layout.json     round -> layer -> worker -> experts
-checkpoints/     see `checkpoint`             tokenizer/      as trained or given
-plots/           PNG                          samples/        text after each evaluation
-export/          transformers checkpoint      workers/        inner state (simulation only)
+summary.json     status and totals            routing.jsonl   one object a round, by layer, worker
+tokenizer/       as trained or given          layout.json     round -> layer -> worker -> experts
+checkpoints/     see `checkpoint`             samples/        text after each evaluation
+plots/           PNG                          workers/        inner state (simulation only)
+export/          transformers checkpoint
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class RunDirectory:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
+        self.routing = path / "routing.jsonl"
         self.summary = path / "summary.json"
         self.layout = path / "layout.json"
         self.checkpoints = path / "checkpoints"
@@ -38,26 +40,25 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read the rounds so far, oldest first; a line cut off by a crash is left out."""
-        rows = []
-        if self.metrics.is_file():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-        return rows
+        return _read_lines(self.metrics)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one round."""
-        with self.metrics.open("a", encoding="utf-8") as sink:
-            sink.write(json.dumps(dict(row)) + "\n")
-            sink.flush()
-            os.fsync(sink.fileno())
+        _append_line(self.metrics, row)
+
+    def read_routing(self) -> list[dict[str, Any]]:
+        """Read the routing tables of the rounds so far, as `read_metrics` does."""
+        return _read_lines(self.routing)
+
+    def append_routing(self, row: Mapping[str, Any]) -> None:
+        """Add one round's routing tables."""
+        _append_line(self.routing, row)
 
     def forget_rounds_after(self, server_round: int) -> None:
         """Drop rounds that a resume will repeat."""
-        kept = [row for row in self.read_metrics() if row["round"] <= server_round]
-        save_text("".join(json.dumps(row) + "\n" for row in kept), self.metrics)
+        for path in (self.metrics, self.routing):
+            kept = [row for row in _read_lines(path) if row["round"] <= server_round]
+            save_text("".join(json.dumps(row) + "\n" for row in kept), path)
         layouts = self.read_layouts()
         save_json({r: v for r, v in layouts.items() if int(r) <= server_round}, self.layout)
 
@@ -84,6 +85,24 @@ class RunDirectory:
         except (OSError, json.JSONDecodeError):
             return {}
         return layouts if isinstance(layouts, dict) else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def _append_line(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as sink:
+        sink.write(json.dumps(dict(row)) + "\n")
+        sink.flush()
+        os.fsync(sink.fileno())
 
 
 def default_output_dir(settings: Settings, root: Path) -> Path:

@@ -20,7 +20,7 @@ from fomoe_flwr.errors import RunError
 from fomoe_flwr.inner_state import InnerState, stored_weights
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
-from fomoe_flwr.model.router_probe import RouterProbe
+from fomoe_flwr.model.router_probe import RouterProbe, chosen_experts
 from fomoe_flwr.model.state import StateSpec, load_state, overlay, state_of
 from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
 from fomoe_flwr.training import LocalReport, make_optimizer, train
@@ -54,6 +54,8 @@ class RoundTask:
     """Averaged moments of the same part's parameters."""
     pooled_share: Tensor | None = None
     """[num_layers, num_experts] shares of assignments of all workers in the round before."""
+    probe: Tensor | None = None
+    """[windows, tokens] ids for which the trained model's choices are wanted."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class RoundResult:
     report: LocalReport
     inner_state_fresh: bool
     num_fresh_experts: int
+    choices: Tensor | None = None
+    """[num_layers, tokens, top_k] experts that the probe's tokens chose before averaging."""
 
 
 def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundResult:
@@ -108,6 +112,16 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
             device=device,
         )
         probe.close()
+        choices = None
+        if task.probe is not None:
+            choices = chosen_experts(
+                model,
+                task.probe,
+                settings.model.num_experts,
+                settings.model.top_k,
+                task.residents,
+                local.batch_size,
+            )
         inner.cursor = batches.state()
         trained = state_of(model)
         keep = {}
@@ -131,6 +145,7 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
             report=report,
             inner_state_fresh=inner.is_fresh,
             num_fresh_experts=inner.num_fresh_experts,
+            choices=choices,
         )
 
 

@@ -95,6 +95,9 @@ class Counting:
         self.position = state["position"]
 
 
+_check_spec = client._check_spec
+
+
 @cache
 def _checked(text: str) -> Settings:
     return settings_from_dict(json.loads(text))
@@ -102,6 +105,14 @@ def _checked(text: str) -> Settings:
 
 def use_made_up_data(patch: pytest.MonkeyPatch) -> None:
     """Give all workers `Counting` text, and check a run's settings once instead of every time."""
+    specs: dict[str, StateSpec] = {}
+
+    def check_spec(settings: Settings, digest: str) -> StateSpec:
+        if digest not in specs:
+            specs[digest] = _check_spec(settings, digest)
+        return specs[digest]
+
+    patch.setattr(client, "_check_spec", check_spec)
     patch.setattr(client, "_node_data", lambda settings, worker, *_: Counting(settings, worker))
     patch.setattr(client, "settings_from_dict", lambda fields: _checked(json.dumps(fields)))
 

@@ -109,9 +109,7 @@ def test_with_everything_held_it_is_the_plain_weighted_mean() -> None:
     shared = torch.einsum("w,wn->n", weights, torch.stack([r.shared for r in replies]).double())
     experts = torch.einsum("w,wn->n", weights, torch.stack([r.experts for r in replies]).double())
     torch.testing.assert_close(mean.shared.double(), shared, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        SPEC.pack_experts(mean.rows).double(), experts, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(SPEC.pack_experts(mean.rows).double(), experts, rtol=1e-5, atol=1e-6)
 
 
 def test_the_order_of_replies_does_not_matter() -> None:
@@ -212,3 +210,160 @@ def test_any_layout_equals_the_brute_force_mean(
     assert_is_brute_force(
         [reply(r, w, seed + i) for i, (r, w) in enumerate(zip(layouts, weights, strict=False))]
     )
+
+
+GATE, WEIGHT = "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts.w"
+ROUTED = StateSpec(
+    shared=(Entry("embed", (1,), None), Entry(GATE, (3, 2), None), Entry("norm", (1,), None)),
+    expert=(Entry(WEIGHT, (3, 1), 0),),
+    num_layers=1,
+    num_experts=3,
+)
+TWO = (
+    (torch.tensor([8.0, 1, 2, 3, 4, 5, 6, 1]), torch.tensor([10.0, 20]), [[0, 1]], 1.0),
+    (torch.tensor([4.0, 9, 8, 7, 6, 5, 4, 3]), torch.tensor([40.0, 60]), [[1, 2]], 3.0),
+)
+"""Experts 0, 1, 2 have the holders first, both, second; weights 1 and 3."""
+
+
+def two(rows: str, weights: tuple[Tensor, Tensor] | None = None) -> HolderMean:
+    mean = HolderMean(ROUTED, rows)
+    for i, (shared, experts, held, weight) in enumerate(TWO):
+        mean.fold(shared, experts, held, weight, None if weights is None else [weights[i]])
+    return mean
+
+
+def test_router_rows_over_all_or_over_holders_by_hand() -> None:
+    over_all, over_holders = two("all"), two("holders")
+    assert over_all.shared_means()[GATE].tolist() == [[7.0, 6.5], [6.0, 5.5], [5.0, 4.5]]
+    assert over_holders.rows[GATE].tolist() == [[1.0, 2.0], [6.0, 5.5], [5.0, 4.0]]
+    # Only the router changes sides.
+    assert [entry.key for entry in over_all.row_entries] == [WEIGHT]
+    assert [entry.key for entry in over_holders.row_entries] == [WEIGHT, GATE]
+    assert sorted(over_holders.shared_means()) == ["embed", "norm"]
+    assert torch.equal(over_all.rows[WEIGHT], over_holders.rows[WEIGHT])
+    for key in ("embed", "norm"):
+        assert torch.equal(over_all.shared_means()[key], over_holders.shared_means()[key])
+
+
+def test_a_router_row_that_no_holder_returned_is_nobodys() -> None:
+    mean = HolderMean(ROUTED, "holders")
+    shared, experts, held, weight = TWO[0]
+    mean.fold(shared, experts, held, weight)
+    assert mean.returned(0).tolist() == [0, 1]
+    assert mean.rows[GATE][2].tolist() == [0.0, 0.0]
+
+
+def test_in_partitioned_routing_router_rows_are_holders_rows_anyway() -> None:
+    gate = Entry(GATE, (3, 2), 0)
+    spec = StateSpec(ROUTED.shared[:1], (gate, *ROUTED.expert), num_layers=1, num_experts=3)
+    assert HolderMean(spec, "all").row_entries == HolderMean(spec, "holders").row_entries
+
+
+@pytest.mark.parametrize("rows", ["all", "holders"])
+def test_expert_weights_by_hand(rows: str) -> None:
+    mean = two(rows, (torch.tensor([5, 1]), torch.tensor([4, 2])))
+    # Shared keys keep the reply's own weight.
+    assert mean.shared_means()["embed"].tolist() == [(8 * 1 + 4 * 3) / 4]
+    assert mean.rows[WEIGHT].flatten().tolist() == [10.0, (20 * 1 + 40 * 4) / 5, 60.0]
+    assert mean.expert_weight.tolist() == [[5.0, 5.0, 2.0]]
+    if rows == "holders":
+        torch.testing.assert_close(mean.rows[GATE][1], torch.tensor([(3 + 28) / 5, (4 + 24) / 5]))
+    else:
+        assert mean.shared_means()[GATE][1].tolist() == [6.0, 5.5]
+
+
+def test_an_expert_weight_of_zero_has_no_say() -> None:
+    mean = two("holders", (torch.tensor([0, 3]), torch.tensor([0, 0])))
+    assert mean.rows[WEIGHT].flatten().tolist() == [0.0, 20.0, 0.0]
+    assert mean.rows[GATE].tolist() == [[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]
+    assert mean.returned(0).tolist() == [1]
+    assert mean.missing_experts() == [(0, 0), (0, 2)]
+    assert mean.expert_count.tolist() == [[0, 1, 0]]
+    # Both replies count for what is shared.
+    assert mean.shared_count == 2
+    assert mean.shared_means()["embed"].tolist() == [5.0]
+
+
+@pytest.mark.parametrize("bad", [[1.0, -1.0], [1.0, float("nan")], [1.0]], ids=str)
+def test_other_expert_weights_are_refused_before_anything_changes(bad: list[float]) -> None:
+    mean = two("all")
+    before = mean.shared.clone()
+    shared, experts, held, weight = TWO[0]
+    with pytest.raises(ValueError, match="expert weights must be >= 0, one for each resident"):
+        mean.fold(shared, experts, held, weight, [torch.tensor(bad)])
+    assert torch.equal(mean.shared, before)
+    assert (mean.shared_count, mean.shared_weight) == (2, 4.0)
+
+
+def test_counts_are_those_of_replies_not_of_weights() -> None:
+    mean = two("all")
+    assert mean.shared_count == 2
+    assert mean.expert_count.tolist() == [[1, 2, 1]]
+    assert mean.expert_weight.tolist() == [[1.0, 4.0, 3.0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layouts=st.lists(
+        st.tuples(*[st.sets(st.integers(0, EXPERTS - 1)).map(lambda s: tuple(sorted(s)))] * LAYERS),
+        min_size=1,
+        max_size=5,
+    ),
+    weights=st.lists(st.sampled_from([0, 1, 3, 100]), min_size=40, max_size=40),
+    seed=st.integers(0, 1000),
+)
+def test_expert_weights_and_disagreement_equal_brute_force(
+    layouts: list[Residents], weights: list[int], seed: int
+) -> None:
+    replies = [reply(residents, 2.0, seed + i) for i, residents in enumerate(layouts)]
+    mean, drawn = HolderMean(SPEC), iter(weights)
+    copies: dict[tuple[int, int], list[tuple[Tensor, int]]] = {}
+    for r in replies:
+        given_weights = [torch.tensor([next(drawn) for _ in held]) for held in r.residents]
+        mean.fold(r.shared, r.experts, r.residents, r.weight, given_weights)
+        pieces = SPEC.split_experts(r.experts, r.residents)
+        for layer, held in enumerate(r.residents):
+            for row, expert in enumerate(held):
+                keys = [e.key for e in SPEC.expert if e.layer == layer]
+                copy = torch.cat([pieces[key][row].flatten() for key in keys]).double()
+                copies.setdefault((layer, expert), []).append(
+                    (copy, int(given_weights[layer][row]))
+                )
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            heard = [(c, w) for c, w in copies.get((layer, expert), []) if w]
+            assert mean.expert_count[layer, expert] == len(heard)
+            total = sum(w for _, w in heard)
+            assert mean.expert_weight[layer, expert] == total
+            apart = 0.0
+            if heard:
+                centre = torch.stack([c * w for c, w in heard]).sum(0) / total
+                keys = [e.key for e in SPEC.expert if e.layer == layer]
+                row = torch.cat([mean.rows[key][expert].flatten() for key in keys])
+                torch.testing.assert_close(row.double(), centre, rtol=1e-5, atol=1e-6)
+                squares = [float((c - centre).square().sum()) * w for c, w in heard]
+                apart = (sum(squares) / total) ** 0.5
+            assert float(mean.disagreement()[layer, expert]) == pytest.approx(apart, rel=1e-5)
+
+
+def test_disagreement_of_equal_and_of_nearly_equal_copies() -> None:
+    one = reply(ALL, 3.0, 0)
+    assert folded([one, one, Reply(one.shared, one.experts, ALL, 0.7)]).disagreement().eq(0).all()
+    # Far below what a difference of two large mean squares could still see.
+    near = Reply(one.shared, one.experts * 1000, ALL, 1.0)
+    nearer = Reply(one.shared, one.experts * 1000 + 1e-2, ALL, 1.0)
+    apart = folded([near, nearer]).disagreement()
+    sizes = torch.tensor([8.0, 6.0]).sqrt()[:, None].expand(-1, EXPERTS)
+    torch.testing.assert_close(apart.float(), sizes * 0.5e-2, rtol=2e-2, atol=0)
+
+
+def test_one_number_for_each_expert_is_averaged_over_holders_too() -> None:
+    bias = Entry("model.layers.0.mlp.gate.e_score_correction_bias", (3,), 0, is_parameter=False)
+    spec = StateSpec((), (bias, *ROUTED.expert), num_layers=1, num_experts=3)
+    mean = HolderMean(spec)
+    mean.fold(torch.empty(0), torch.tensor([1.0, 2, 10, 20]), [[0, 1]], 1.0)
+    mean.fold(torch.empty(0), torch.empty(0), [[]], 1.0)
+    mean.fold(torch.empty(0), torch.tensor([6.0, 8, 40, 60]), [[1, 2]], 1.0)
+    assert mean.rows[bias.key].tolist() == [1.0, 4.0, 8.0]
+    torch.testing.assert_close(mean.disagreement(), torch.tensor([[0.0, 104**0.5, 0.0]]).double())

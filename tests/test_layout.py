@@ -30,7 +30,7 @@ def cases(draw: st.DrawFn, uneven: bool = False) -> dict[str, Any]:
     experts = draw(st.integers(fewest, 24)) if uneven else step * draw(st.integers(1, 5))
     return {
         "settings": LayoutSettings(
-            kind=draw(st.sampled_from(["fixed", "random"])),
+            kind=draw(st.sampled_from(["fixed", "random", "rolling", "balanced"])),
             num_workers=workers,
             overlap=overlap,
             draw=draw(st.sampled_from(["per_layer", "same"])),
@@ -100,7 +100,7 @@ def test_json_round_trip(case: dict[str, Any]) -> None:
     assert again.digest() == layout.digest()
 
 
-@pytest.mark.parametrize("kind", ["fixed", "random"])
+@pytest.mark.parametrize("kind", ["fixed", "random", "rolling", "balanced"])
 def test_full_overlap_gives_everything_to_everybody(kind: str) -> None:
     layout = layout_of(kind=kind, overlap=4, num_experts=7)
     assert layout.residents == ((tuple(range(7)),) * 4,) * 4
@@ -112,7 +112,7 @@ def test_a_layout_stays_the_same_across_versions() -> None:
     assert layout_of(kind="random").digest() == "51edd2b742cabc19"
 
 
-@pytest.mark.parametrize("kind", ["fixed", "random"])
+@pytest.mark.parametrize("kind", ["fixed", "random", "rolling", "balanced"])
 def test_draw_says_whether_layers_differ(kind: str) -> None:
     assert len(set(layout_of(kind=kind, draw="same").residents)) == 1
     assert len(set(layout_of(kind=kind, draw="per_layer").residents)) > 1

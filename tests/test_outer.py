@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -203,3 +205,163 @@ def test_the_step_works_in_place() -> None:
     before = dict(state)
     OuterStep(OuterSettings("average", lr=1.0)).apply(state, one_reply(ALL, 0))
     assert all(state[key] is value for key, value in before.items())
+
+
+GATE = "model.layers.0.mlp.gate.weight"
+ROUTED = StateSpec(
+    shared=(Entry("embed", (2,), None), Entry(GATE, (3, 1), None)),
+    expert=(Entry("model.layers.0.mlp.experts.w", (3, 1), 0),),
+    num_layers=1,
+    num_experts=3,
+)
+EXPERT = ROUTED.expert[0].key
+
+
+def folded(*replies: tuple[list[float], list[float], list[int]], rows: str = "all") -> HolderMean:
+    """Fold (shared vector, expert rows, residents) with equal weights."""
+    mean = HolderMean(ROUTED, rows)
+    for shared, experts, held in replies:
+        mean.fold(torch.tensor(shared), torch.tensor(experts), [held], 1.0)
+    return mean
+
+
+def zeros() -> dict[str, Tensor]:
+    return {e.key: torch.zeros(e.shape) for e in (*ROUTED.shared, *ROUTED.expert)}
+
+
+THREE = (
+    ([1.0, 2.0, 3.0, 6.0, 9.0], [4.0, 8.0], [0, 1]),
+    ([1.0, 2.0, 3.0, 6.0, 9.0], [16.0], [1]),
+    ([4.0, 8.0, 0.0, 0.0, 0.0], [2.0], [1]),
+)
+"""Experts 0, 1, 2 have 1, 3 and no holders; their means are 4 and 26/3."""
+
+
+def test_experts_have_a_rate_of_their_own() -> None:
+    state = zeros()
+    OuterStep(OuterSettings("average", lr=0.5, expert_lr=0.25)).apply(state, folded(*THREE))
+    assert state["embed"].tolist() == [-0.5 * 2.0, -0.5 * 4.0]
+    torch.testing.assert_close(
+        state[EXPERT].flatten(), torch.tensor([-0.25 * 4.0, -0.25 * 26 / 3, 0.0])
+    )
+    # The router is shared here, and so is its rate.
+    assert state[GATE].flatten().tolist() == [-1.0, -2.0, -3.0]
+
+
+def test_an_expert_rate_of_zero_means_the_common_one() -> None:
+    state, common = zeros(), zeros()
+    OuterStep(OuterSettings("average", lr=0.5, expert_lr=0.0)).apply(state, folded(*THREE))
+    OuterStep(OuterSettings("average", lr=0.5, expert_lr=0.5)).apply(common, folded(*THREE))
+    assert_identical(state, common)
+
+
+@pytest.mark.parametrize("rows", ["all", "holders"])
+def test_every_mean_grows_by_the_root_of_its_own_replies(rows: str) -> None:
+    state = zeros()
+    OuterStep(OuterSettings("average", lr=1.0, sqrt_holders=True)).apply(
+        state, folded(*THREE, rows=rows)
+    )
+    root = 3**0.5
+    torch.testing.assert_close(state["embed"], torch.tensor([-2.0 * root, -4.0 * root]))
+    # One reply for expert 0, three for expert 1: not one factor for all.
+    torch.testing.assert_close(state[EXPERT].flatten(), torch.tensor([-4.0, -26 / 3 * root, 0.0]))
+    gate = {"all": [-2.0 * root, -4.0 * root, -6.0 * root], "holders": [-3.0, -4.0 * root, 0.0]}
+    torch.testing.assert_close(state[GATE].flatten(), torch.tensor(gate[rows]))
+
+
+def test_the_root_enters_the_momentum_as_well() -> None:
+    step, state = (
+        OuterStep(OuterSettings("nesterov", 0.5, momentum=0.5, sqrt_holders=True)),
+        zeros(),
+    )
+    step.apply(state, folded(*THREE))
+    grown = 2.0 * 3**0.5
+    assert step.momentum["embed"][0].item() == pytest.approx(grown)
+    assert state["embed"][0].item() == pytest.approx(-0.5 * (grown + 0.5 * grown))
+
+
+def test_averaged_moments_replace_only_what_was_returned() -> None:
+    step = OuterStep(OuterSettings("local_adamw"))
+    step.average_moment("exp_avg", folded(*THREE), zeros())
+    first = {key: value.clone() for key, value in step.moments["exp_avg"].items()}
+    assert first["embed"].tolist() == [2.0, 4.0]
+    torch.testing.assert_close(first[EXPERT].flatten(), torch.tensor([4.0, 26 / 3, 0.0]))
+    assert step.moments["exp_avg_sq"] == {}
+    step.average_moment("exp_avg", folded(([7.0] * 5, [5.0], [2])), zeros())
+    second = step.moments["exp_avg"]
+    # A mean, not a step: no memory of what was there before ...
+    assert second["embed"].tolist() == [7.0, 7.0]
+    # ... except where nobody replied.
+    assert torch.equal(second[EXPERT][:2], first[EXPERT][:2])
+    assert second[EXPERT][2].item() == 5.0
+
+
+def test_averaged_moments_leave_the_weights_alone() -> None:
+    state = initial()
+    step = OuterStep(OuterSettings("local_adamw"))
+    step.average_moment("exp_avg_sq", one_reply(ALL, 0), state)
+    assert_identical(state, initial())
+    step.moments["exp_avg_sq"]["embed"].zero_()
+    assert_identical(state, initial())
+
+
+def test_moments_survive_tensors_and_restore() -> None:
+    outer = OuterSettings("des_loc")
+    step, state = OuterStep(outer), initial()
+    step.average_moment("exp_avg", one_reply(ALL, 0), state)
+    step.average_moment("exp_avg_sq", one_reply(((0, 2), (1,)), 1), state)
+    stored = {key: value.clone() for key, value in step.tensors().items()}
+    keys = [entry.key for entry in (*SPEC.shared, *SPEC.expert)]
+    assert sorted(stored) == sorted(f"{m}/{key}" for m in ("exp_avg", "exp_avg_sq") for key in keys)
+    again = OuterStep(outer)
+    again.restore(step.tensors())
+    for each in (step, again):
+        each.average_moment("exp_avg", one_reply(((1,), ()), 2), state)
+    assert_identical(again.tensors(), step.tensors())
+    assert not torch.equal(again.tensors()["exp_avg/embed"], stored["exp_avg/embed"])
+    assert torch.equal(again.tensors()[f"exp_avg_sq/{DOWN}"], stored[f"exp_avg_sq/{DOWN}"])
+
+
+@pytest.mark.parametrize("num_fragments", [2, 3])
+def test_momentum_on_fragments_is_momentum_on_the_whole(num_fragments: int) -> None:
+    """A whole synchronisation cut into F parts, one after another, is the same synchronisation."""
+    spec = replace(
+        SPEC, shared=(Entry("embed", (7, 2), None), Entry("norm", (2,), None)), num_layers=2
+    )
+    outer = OuterSettings("nesterov", lr=0.7, momentum=0.9)
+    entries = (*spec.shared, *spec.expert)
+    start = {
+        e.key: torch.randn(e.shape, generator=torch.Generator().manual_seed(3)) for e in entries
+    }
+    whole, cut = OuterStep(outer), OuterStep(outer)
+    states = [{key: value.clone() for key, value in start.items()} for _ in range(2)]
+    for turn, held in enumerate([ALL, ((0, 1), (2,)), ALL]):
+        generator = torch.Generator().manual_seed(turn)
+        sent = {e.key: torch.randn(e.shape, generator=generator) for e in entries}
+        for step, state, parts in (
+            (whole, states[0], [spec]),
+            (cut, states[1], [spec.fragment(f, num_fragments) for f in range(num_fragments)]),
+        ):
+            for part in parts:
+                mean = HolderMean(part)
+                mean.fold(part.pack_shared(sent), part.pack_experts(sent, held), held, 1.0)
+                step.apply(state, mean)
+    assert_identical(states[1], states[0])
+    assert_identical(cut.tensors(), whole.tensors())
+    assert not any(torch.equal(states[0][key], value) for key, value in start.items())
+
+
+def test_moments_of_fragments_fill_the_whole_row_by_row() -> None:
+    spec = replace(SPEC, shared=(Entry("embed", (5, 2), None),))
+    step = OuterStep(OuterSettings("local_adamw", fragments=2))
+    state = {e.key: torch.zeros(e.shape) for e in (*spec.shared, *spec.expert)}
+    for fragment, expected in ((0, [1, 1, 0, 0, 0]), (1, [1, 1, 2, 2, 2])):
+        part, held = spec.fragment(fragment, 2), ALL
+        mean = HolderMean(part)
+        value = float(fragment + 1)
+        shared, experts = part.shared_size, part.experts_size(held)
+        mean.fold(torch.full((shared,), value), torch.full((experts,), value), held, 1.0)
+        step.average_moment("exp_avg", mean, state)
+        assert step.moments["exp_avg"]["embed"][:, 0].tolist() == expected
+    assert step.moments["exp_avg"][UP].eq(1).all()
+    assert step.moments["exp_avg"][DOWN].eq(2).all()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ METRICS = (
     "train/tokens_per_second",
     "moe/ghost_fraction",
     "moe/all_ghost_fraction",
+    "moe/ghost_expected",
+    "moe/all_ghost_expected",
+    "moe/load_entropy",
+    "moe/load_kl",
+    "moe/max_vio",
+    "moe/load_cv",
+    "moe/dead_experts",
+    "moe/router_cosine",
+    "moe/churn",
+    "moe/worker_agreement",
     "comm/bytes_up",
     "comm/bytes_down",
     "round/seconds",
@@ -99,6 +110,8 @@ def assert_same_end(one: RunDirectory, other: RunDirectory) -> None:
     for key, value in mine.items():
         assert torch.equal(value, theirs[key]), key
     assert one.read_layouts() == other.read_layouts()
+    assert one.routing.read_text("utf-8") == other.routing.read_text("utf-8")
+    assert [line["round"] for line in one.read_routing()] == [row["round"] for row in lasting(one)]
 
 
 def test_a_run_leaves_everything_that_is_promised(
@@ -119,6 +132,20 @@ def test_a_run_leaves_everything_that_is_promised(
         assert row["eval/perplexity"] == pytest.approx(math.exp(row["eval/loss"]))
         assert (row["round/workers_ok"], row["round/workers_failed"]) == (2, 0)
         assert 0 < row["moe/all_ghost_fraction"] < row["moe/ghost_fraction"] < 1
+        # Two workers hold six of twelve experts each, top-2; no expert has two copies to compare.
+        assert row["moe/ghost_expected"] == pytest.approx(1 / 2)
+        assert row["moe/all_ghost_expected"] == pytest.approx((6 * 5) / (12 * 11))
+        assert "moe/expert_drift" not in row
+    for row, line in zip(rows, run.read_routing(), strict=True):
+        assert line["round"] == row["round"]
+        assert [layer["layer"] for layer in line["layers"]] == [0, 1]
+        for name in ("load_entropy", "max_vio", "router_cosine", "churn", "worker_agreement"):
+            mean = sum(layer[name] for layer in line["layers"]) / 2
+            assert mean == pytest.approx(row[f"moe/{name}"]), name
+        assert [worker["worker"] for worker in line["workers"]] == [0, 1]
+        for worker in line["workers"]:
+            assert worker["tokens"] == row["train/tokens"] / 2
+            assert [layer["residents"] for layer in worker["layers"]] == [6, 6]
 
     summary = run.read_summary()
     assert (summary["status"], summary["rounds_done"]) == ("completed", 3)
@@ -148,7 +175,11 @@ def test_a_run_leaves_everything_that_is_promised(
     assert (run.checkpoints / "latest").read_text(encoding="utf-8") == "round-000003\n"
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (run.export / name).is_file()
-    assert sorted(path.name for path in run.plots.iterdir()) == ["layout.png", "loss.png"]
+    assert sorted(path.name for path in run.plots.iterdir()) == [
+        "layout.png",
+        "loss.png",
+        "routing.png",
+    ]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in run.plots.iterdir())
     assert len(list(run.samples.iterdir())) == 3
     assert (run.tokenizer / "tokenizer.json").is_file()
@@ -220,6 +251,8 @@ VARIANTS = {
     "uneven": ["layout.num_workers=5", "layout.overlap=1", "layout.allow_uneven=true"],
     "seldom evaluated": ["eval.every=2", "rounds=3", "checkpoint.every=2"],
     "no sample": ["eval.sample_tokens=0"],
+    "no probe": ["eval.probe_tokens=0"],
+    "fragments": ["outer.fragments=2", "layout.num_workers=4", "layout.overlap=2"],
 }
 
 
@@ -238,6 +271,24 @@ def test_every_variant_runs_to_its_end(start: Start, variant: str) -> None:
     )
     momentum = load_file(run.checkpoints / f"round-{settings.rounds:06d}" / "outer.safetensors")
     assert bool(momentum) == (settings.outer.name == "nesterov")
+
+
+def test_full_replicas_after_no_training_agree_and_do_not_churn(start: Start) -> None:
+    run = start("run", "experiment=photon", "local.lr=1e-30", "local.optimizer=sgd")
+    for row in run.read_metrics():
+        assert (row["moe/churn"], row["moe/worker_agreement"], row["moe/expert_drift"]) == (0, 1, 0)
+
+
+def test_probe_tokens_are_at_most_those_asked_for(start: Start) -> None:
+    run = start("run", "eval.probe_tokens=5", "rounds=1")
+    (row,) = run.read_metrics()
+    # Five tokens with two choices each, in two layers.
+    assert (row["moe/churn"] * 20) % 1 == pytest.approx(0, abs=1e-9)
+    none = start("none", "eval.probe_tokens=0", "rounds=1")
+    assert not {"moe/churn", "moe/worker_agreement"} & none.read_metrics()[0].keys()
+    # Watching changes nothing.
+    assert none.read_metrics()[0]["eval/loss"] == row["eval/loss"]
+    assert none.read_metrics()[0]["comm/bytes_up"] == row["comm/bytes_up"]
 
 
 def test_a_random_layout_moves_when_it_shall_and_new_experts_start_fresh(start: Start) -> None:
@@ -637,6 +688,27 @@ def test_one_worker_that_fails_does_not_end_the_run(
     assert rows[1]["round/failures"] == {"1": "RuntimeError: the GPU fell out (Flower error 2)"}
     # It takes up its inner state of round 1, the last it finished.
     assert [row["round/fresh_inner_states"] for row in rows] == [2, 0, 0]
+
+
+def test_a_worker_that_does_not_say_how_it_chooses_is_left_out(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fomoe_flwr.federation import client
+
+    inner = client.run_round
+
+    def instead(task: Any, batches: Any) -> Any:
+        assert task.probe.shape == (16, 32)
+        result = inner(task, batches)
+        return replace(result, choices=None) if task.worker == 1 else result
+
+    monkeypatch.setattr(client, "run_round", instead)
+    run = start("run", "rounds=1")
+    (row,), (line,) = run.read_metrics(), run.read_routing()
+    assert list(row["round/failures"]) == ["1"]
+    assert row["round/failures"]["1"].startswith("choices must be 2 lists (layers) of 512 * 2 ")
+    assert [worker["worker"] for worker in line["workers"]] == [0]
+    assert "moe/worker_agreement" not in row
 
 
 def test_words_for_flower_hold_in_any_working_directory(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is synchronised when: every key once in F rounds, in even parts, moments at their periods."""
+"""What is synchronised when: every key once in F rounds, parts even, moments at their periods."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fomoe_flwr.config import BalanceSettings, LocalSettings, ModelSettings
+from fomoe_flwr.config import BIASED_FAMILIES, BalanceSettings, LocalSettings, ModelSettings
 from fomoe_flwr.inner_state import InnerState
 from fomoe_flwr.model.families import FAMILIES, transformers_config
-from fomoe_flwr.model.residency import build_model
+from fomoe_flwr.model.residency import build_model, moe_blocks
 from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import state_of
 from fomoe_flwr.routing import RoutingMode
@@ -272,3 +272,209 @@ def test_a_divergence_in_the_middle_names_its_first_step() -> None:
     with pytest.raises(TrainingError, match="at step 42: ") as caught:
         run(model, replace(LOCAL, steps=4), list(WINDOWS), first_step=40)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.5),
+        (1, 1.0),
+        (2, 1.0),
+        (14, 1.0),
+        (15, 1.0),
+        (16, 1 - 0.9 / 5),
+        (18, 1 - 3 * 0.9 / 5),
+        (19, 1 - 4 * 0.9 / 5),
+        (20, 0.1),
+        (99, 0.1),
+    ],
+)
+def test_wsd_warms_up_stays_and_decays_in_the_last_share(step: int, expected: float) -> None:
+    local = LocalSettings(
+        lr=1.0, warmup_steps=2, schedule="wsd", min_lr_ratio=0.1, decay_fraction=0.25
+    )
+    assert learning_rate(local, step, 20) == pytest.approx(expected, rel=1e-12)
+
+
+def test_wsd_edges() -> None:
+    local = LocalSettings(lr=1.0, warmup_steps=0, schedule="wsd", min_lr_ratio=0.0)
+    assert learning_rate(replace(local, decay_fraction=1.0), 0, 4) == 1.0
+    assert learning_rate(replace(local, decay_fraction=1.0), 3, 4) == pytest.approx(0.25)
+    # Too short for a tail of its own: one step, and nothing divided by zero.
+    assert learning_rate(replace(local, decay_fraction=0.01), 2, 4) == 1.0
+    assert learning_rate(replace(local, decay_fraction=0.01), 3, 4) == 1.0
+    assert learning_rate(replace(local, decay_fraction=0.01), 4, 4) == 0.0
+    # A warm-up that reaches into the tail wins.
+    assert learning_rate(replace(local, warmup_steps=4, decay_fraction=1.0), 2, 4) == 0.75
+
+
+def test_bfloat16_trains_fp32_weights_and_is_close() -> None:
+    half, full, start = model_of(), model_of(), model_of()
+    seen: list[torch.dtype] = []
+    half.model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda _m, _i, out: seen.append(out.dtype)
+    )
+    losses = [
+        run(model, replace(LOCAL, lr=0.02, precision=precision), list(WINDOWS), 0, 0.01).loss
+        for model, precision in ((half, "bfloat16"), (full, "float32"))
+    ]
+    assert set(seen) == {torch.bfloat16}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    moved, apart = [], []
+    for mine, theirs, before in zip(
+        half.parameters(), full.parameters(), start.parameters(), strict=True
+    ):
+        assert mine.dtype is torch.float32
+        moved.append((theirs - before).flatten())
+        apart.append((mine - theirs).flatten())
+    # Far from a bit-for-bit copy, and far from another direction.
+    share = (torch.cat(apart).norm() / torch.cat(moved).norm()).item()
+    assert 1e-5 < share < 0.15
+
+
+def router_outputs(model: nn.Module, windows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return (logits, chosen) of every router for one batch."""
+    outputs: list[tuple[Tensor, Tensor]] = []
+    handles = [
+        block.gate.register_forward_hook(lambda _m, _i, out: outputs.append((out[0], out[-1])))
+        for _, block in moe_blocks(model)
+    ]
+    token_loss(model, windows)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def one_sgd_step(loss: Tensor, model: nn.Module, rate: float = 0.1) -> None:
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= rate * parameter.grad
+
+
+@pytest.mark.parametrize("routing", ["skip_token", "partitioned"])
+def test_the_global_form_uses_the_shares_of_all_workers(routing: str) -> None:
+    shape = replace(SHAPE, routing=routing)
+    pooled = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.2, 0.3]])
+    model, expected = model_of(shape).train(), model_of(shape).train()
+    probe = RouterProbe(model, SHAPE.num_experts, RESIDENTS, pooled_share=pooled)
+    train(
+        model,
+        probe,
+        make_optimizer(model, LOCAL),
+        InnerState(model, LOCAL, RoutingMode(routing), RESIDENTS),
+        Given([WINDOWS[0]]),
+        replace(LOCAL, steps=1),
+        balance=BalanceSettings(loss=0.5, form="global"),
+        first_step=0,
+        total_steps=100,
+        device=torch.device("cpu"),
+    )
+    balance = torch.zeros(())
+    for layer, (logits, _) in enumerate(router_outputs(expected, WINDOWS[0])):
+        share = pooled[layer]
+        if routing == "partitioned":
+            share = share[list(RESIDENTS[layer])]
+            share = share / share.sum()
+        scored = logits.shape[-1]
+        balance = balance + scored * (share * logits.softmax(-1).mean(0)).sum() / 2
+    one_sgd_step(token_loss(expected, WINDOWS[0]) + 0.5 * balance, expected)
+    assert_close(model, expected, atol=1e-6)
+
+
+def test_pooled_shares_that_say_nothing_about_a_workers_experts_are_not_used() -> None:
+    """A worker whose experts nobody was heard of would divide by zero, in every round anew."""
+    shape = replace(SHAPE, routing="partitioned")
+    pooled = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    model = model_of(shape).train()
+    probe = RouterProbe(model, SHAPE.num_experts, RESIDENTS, pooled_share=pooled)
+    token_loss(model, WINDOWS[0])
+    balance = probe.losses().balance
+    values = []
+    for layer, (logits, chosen) in enumerate(router_outputs(model, WINDOWS[0])):
+        scored = logits.shape[-1]
+        own = chosen.flatten().bincount(minlength=scored) / chosen.numel()
+        share = own if layer == 0 else torch.full((scored,), 1 / scored)
+        values.append((scored * (share * logits.softmax(-1).mean(0)).sum()).item())
+    assert balance.item() == pytest.approx(sum(values) / 2, rel=1e-5)
+
+
+def test_the_z_loss_is_the_mean_squared_logsumexp() -> None:
+    model, expected = model_of(), model_of().train()
+    probe = RouterProbe(model, SHAPE.num_experts, RESIDENTS)
+    train(
+        model,
+        probe,
+        make_optimizer(model, LOCAL),
+        InnerState(model, LOCAL, RoutingMode.SKIP_TOKEN, RESIDENTS),
+        Given([WINDOWS[0]]),
+        replace(LOCAL, steps=1),
+        balance=BalanceSettings(loss=0.0, z_loss=0.25),
+        first_step=0,
+        total_steps=100,
+        device=torch.device("cpu"),
+    )
+    outputs = router_outputs(expected, WINDOWS[0])
+    by_hand = [logits.exp().sum(-1).log().square().mean() for logits, _ in outputs]
+    loss = token_loss(expected, WINDOWS[0]) + 0.25 * torch.stack(by_hand).mean()
+    one_sgd_step(loss, expected)
+    assert_close(model, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("routing", ["skip_token", "partitioned"])
+@pytest.mark.parametrize("family", BIASED_FAMILIES)
+def test_selection_biases_move_towards_the_experts_with_too_little_load(
+    family: str, routing: str, of_family: Callable[[ModelSettings, str], ModelSettings]
+) -> None:
+    shape = replace(of_family(SHAPE, family), routing=routing)
+    residents = ((0, 2), (1, 2, 3))
+    model = build_model(shape, transformers_config(shape, 8), residents, seed=1)
+    probe = RouterProbe(model, shape.num_experts, residents)
+    optimizer = make_optimizer(model, LOCAL)
+    chosen: list[dict[int, Tensor]] = []
+    for layer, block in moe_blocks(model):
+        block.gate.register_forward_hook(
+            lambda _m, _i, out, layer=layer: chosen.append({layer: out[-1].flatten()})
+        )
+    steps, accumulate, rate = 3, 2, 0.01
+    before = {
+        layer: block.gate.e_score_correction_bias.clone() for layer, block in moe_blocks(model)
+    }
+    train(
+        model,
+        probe,
+        optimizer,
+        InnerState(model, LOCAL, RoutingMode(routing), residents),
+        Given([*WINDOWS, *WINDOWS]),
+        replace(LOCAL, steps=steps, accumulate=accumulate),
+        balance=BalanceSettings(loss=0.0, bias_rate=rate),
+        first_step=0,
+        total_steps=100,
+        device=torch.device("cpu"),
+    )
+    signs = set()
+    for layer, block in moe_blocks(model):
+        expected = before[layer].clone()
+        calls = [call[layer] for call in chosen if layer in call]
+        assert len(calls) == steps * accumulate
+        for step in range(steps):
+            # Both micro-batches of a step count together.
+            ids = torch.cat(calls[step * accumulate : (step + 1) * accumulate])
+            load = ids.bincount(minlength=len(expected)).tolist()
+            mean = sum(load) / len(load)
+            for expert, count in enumerate(load):
+                sign = (count < mean) - (count > mean)
+                expected[expert] += rate * sign
+                signs.add(sign)
+        torch.testing.assert_close(block.gate.e_score_correction_bias, expected, rtol=0, atol=1e-7)
+    assert {-1, 1} <= signs
+
+
+def test_without_a_bias_rate_biases_stay(
+    of_family: Callable[[ModelSettings, str], ModelSettings],
+) -> None:
+    shape = of_family(SHAPE, "fomoe")
+    model = build_model(shape, transformers_config(shape, 8), RESIDENTS, seed=1)
+    run(model, LOCAL, list(WINDOWS))
+    for _, block in moe_blocks(model):
+        assert block.gate.e_score_correction_bias.eq(0).all()

@@ -31,22 +31,20 @@ STREAM_TOKENIZER_DOCUMENTS = 20_000
 
 
 def prepare_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
-    """Load `data.tokenizer`, or train one on the training text; the same text gives the same one.
+    """Load `data.tokenizer`, else that of `model.pretrained`, else train one on the training text.
 
     Raises DataError when it has more tokens than `model.vocab_size`.
     """
     data, vocab_size = settings.data, settings.model.vocab_size
-    if data.tokenizer:
-        tokenizer = load_tokenizer(data.tokenizer)
-    else:
-        tokenizer = _trained_tokenizer(data, vocab_size)
+    given = data.tokenizer or settings.model.pretrained
+    tokenizer = load_tokenizer(given) if given else _trained_tokenizer(data, vocab_size)
     if len(tokenizer) > vocab_size:
         raise DataError(
-            f"data.tokenizer={data.tokenizer or 'trained'} has {len(tokenizer)} tokens, "
+            f"data.tokenizer={given or 'trained'} has {len(tokenizer)} tokens, "
             f"model.vocab_size={vocab_size} is too small: raise it to {len(tokenizer)} or more"
         )
     if tokenizer.eos_token_id is None:
-        raise DataError(f"data.tokenizer={data.tokenizer} has no end-of-text token to pack with")
+        raise DataError(f"data.tokenizer={given} has no end-of-text token to pack with")
     return tokenizer
 
 
@@ -68,8 +66,8 @@ def check_data(settings: Settings) -> None:
     byte, so text with fewer bytes than a batch has tokens is refused here already.
     """
     data, local = settings.data, settings.local
-    if data.tokenizer:
-        load_tokenizer(data.tokenizer)
+    if given := data.tokenizer or settings.model.pretrained:
+        load_tokenizer(given)
     if data.dataset:
         open_stream(data, 0, settings.layout.num_workers)
         return

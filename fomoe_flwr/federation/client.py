@@ -65,6 +65,9 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         )
     }
     shared, experts = vectors.pop(wire.WEIGHTS)
+    unknown = max(map(max, header.probe), default=0)
+    if unknown >= settings.model.vocab_size:
+        raise WireError(f"probe has token {unknown}, the vocabulary {settings.model.vocab_size}")
     text = _tokenizer_text(header.tokenizer_digest)
     data = _node_data(settings, header.worker, text, context)
     task = RoundTask(
@@ -80,6 +83,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         part=part,
         moments=vectors,
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
+        probe=torch.tensor(header.probe) if header.probe else None,
     )
     return _reply(header, settings, run_round(task, data.batches))
 
@@ -105,6 +109,8 @@ def _reply(header: TaskHeader, settings: Settings, result: RoundResult) -> Recor
         "worker": header.worker,
         "layout_digest": header.layout_digest,
     }
+    if result.choices is not None:
+        answered |= wire.choices_fields(result.choices)
     up = settings.wire.up
     content = RecordDict(
         {wire.METRICS: wire.metrics_record(metrics), wire.TASK: wire.json_record(answered)}

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from fomoe_flwr.config import Settings, SettingsError
+from fomoe_flwr.config import PATHS, Settings, SettingsError
 from fomoe_flwr.federation.run_config import quoted
 from fomoe_flwr.files import save_text
 from fomoe_flwr.run_directory import RunDirectory
@@ -88,8 +88,7 @@ def words_for(settings: Settings, overrides: Sequence[str]) -> list[str]:
         if settings.resume
         else {
             "output_dir": settings.output_dir,
-            "data.path": settings.data.path,
-            "data.tokenizer": settings.data.tokenizer,
+            **{f"{part}.{key}": getattr(getattr(settings, part), key) for part, key in PATHS},
             "layout.path": settings.layout.path,
         }
     )

@@ -36,13 +36,15 @@ from fomoe_flwr.data.tokenizer import (
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
 from fomoe_flwr.evaluation import EvalReport, evaluate, sample_text, unigram_entropy
 from fomoe_flwr.export import assemble, export_model
+from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
 from fomoe_flwr.federation.strategy import FoMoEStrategy, RoundRecord
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
-from fomoe_flwr.model.state import StateSpec, state_of
+from fomoe_flwr.model.state import StateSpec, load_state, state_of
 from fomoe_flwr.outer import OuterStep
+from fomoe_flwr.pretrained import read_pretrained
 from fomoe_flwr.run_directory import RunDirectory
 from fomoe_flwr.tracking import Tracker
 
@@ -74,6 +76,10 @@ class Server:
         self.spec = StateSpec.of(settings.model, config)
         self.model = build_model(settings.model, config, seed=settings.seed)
         self.state: Mapping[str, Tensor] = state_of(self.model)
+        if settings.model.pretrained and not settings.resume:
+            load_state(
+                self.model, read_pretrained(settings.model.pretrained, settings.model, self.spec)
+            )
         self.outer = OuterStep(settings.outer)
         blocks = evaluation_blocks(settings, json_text)
         self.evaluator = _Evaluator(
@@ -93,6 +99,7 @@ class Server:
         self._save_config()
         self.identity = RunIdentity(self.run_key, json_text, tokenizer_digest(json_text))
         self.tracker = Tracker(self.run)
+        self.routing = RoutingLog(settings, self.spec, blocks)
         self.strategy = FoMoEStrategy(
             settings,
             self.spec,
@@ -102,6 +109,7 @@ class Server:
             self._close_round,
             first_round=self.rounds_done + 1,
             keep_rounds=lambda: stored_rounds(self.run.checkpoints),
+            probe=self.routing.probe,
         )
         if memory is not None:
             self.strategy.remember(memory)
@@ -114,6 +122,7 @@ class Server:
             self._write_summary("running")
             if self.rounds_done == 0:
                 self._evaluate_start()
+            self.routing.begin(self.model)
             strategy.start(grid)
             self._finish()
         except BaseException as error:
@@ -144,6 +153,10 @@ class Server:
         settings, server_round = self.settings, record.server_round
         is_last = server_round == settings.rounds
         row = _row(record)
+        started = time.monotonic()
+        means, tables = self.routing.close(record, self.model, self.state)
+        row |= means
+        row["round/routing_seconds"] = time.monotonic() - started
         if server_round % settings.eval.every == 0 or is_last:
             started = time.monotonic()
             row |= _eval_row(self.evaluator(self.model))
@@ -154,7 +167,9 @@ class Server:
             self.totals[key] += row[key]
         self.totals["tokens"] += row["train/tokens"]
         row["tokens"] = self.totals["tokens"]
+        # Before the checkpoint: a resume forgets what came after it.
         self.run.add_layout(server_round, record.layout.residents)
+        self.run.append_routing(tables)
         started = time.monotonic()
         row["round/seconds"] = started - record.started
         if server_round % settings.checkpoint.every == 0 or is_last:

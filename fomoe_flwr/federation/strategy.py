@@ -30,11 +30,12 @@ from torch import Tensor
 
 from fomoe_flwr.aggregation import HolderMean
 from fomoe_flwr.config import Settings, one_line
+from fomoe_flwr.costs import layout_context
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.seats import RunIdentity, Seats, push, wait
 from fomoe_flwr.federation.wire import TaskHeader, WireError
-from fomoe_flwr.layout import NO_CONTEXT, Layout, LayoutContext, draw_layout
+from fomoe_flwr.layout import Layout, LayoutContext, draw_layout
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.outer import OuterStep
@@ -59,6 +60,10 @@ class RoundRecord:
     """Routing counts of every worker whose reply was folded."""
     disagreement: Tensor | None = None
     """[num_layers, num_experts] distance of an expert's copies from their mean before averaging."""
+    copies: Tensor | None = None
+    """[num_layers, num_experts] number of replies that spoke for an expert."""
+    choices: dict[int, Tensor] = field(default_factory=dict)
+    """[num_layers, tokens, top_k] choices on the probe of every worker whose reply was folded."""
     replies: dict[int, dict[str, float]] = field(default_factory=dict)
     """Metrics of every worker whose reply was folded."""
     failures: dict[int, str] = field(default_factory=dict)
@@ -95,6 +100,8 @@ class FoMoEStrategy(Strategy):
         The round to begin with (resume: the checkpoint's plus one).
     keep_rounds
         Rounds whose inner state workers must keep, asked before every round.
+    probe
+        [windows, tokens] ids for which every worker shall return its choices; None for none.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class FoMoEStrategy(Strategy):
         on_round: Callable[[RoundRecord], MetricRecord | None],
         first_round: int = 1,
         keep_rounds: Callable[[], list[int]] = list,
+        probe: Tensor | None = None,
     ) -> None:
         self.settings = settings
         self.spec = spec
@@ -116,9 +124,10 @@ class FoMoEStrategy(Strategy):
         self.on_round = on_round
         self.first_round = first_round
         self.keep_rounds = keep_rounds
+        self.probe = probe
         self._current: set[int] = set()
         self._load: Tensor | None = None
-        self._context = NO_CONTEXT
+        self._context = layout_context(settings)
         self._round = RoundRecord(0, self.layout(max(1, first_round)))
         self._sent: dict[str, int] = {}
 
@@ -234,6 +243,7 @@ class FoMoEStrategy(Strategy):
                 fragment=fragment,
                 moments=list(carried),
                 pooled_share=self._pooled_share(),
+                probe=[] if self.probe is None else self.probe.tolist(),
             )
             content = RecordDict({wire.TASK: header.record()})
             part = self.spec if fragment < 0 else self._part(fragment)
@@ -289,6 +299,7 @@ class FoMoEStrategy(Strategy):
         gradient = means.pop(wire.PSEUDO_GRADIENT)
         record.missing_experts = len(gradient.missing_experts())
         record.disagreement = gradient.disagreement()
+        record.copies = gradient.expert_count
         self.outer.apply(self.state, gradient)
         for name, mean in means.items():
             self.outer.average_moment(name, mean, self.state)
@@ -397,6 +408,15 @@ class FoMoEStrategy(Strategy):
                 f"routing counts of a layer add up to more than {most}, what the settings give a "
                 "worker in a round"
             )
+        choices = None
+        if self.probe is not None:
+            choices = wire.choices_in(
+                answered,
+                self.spec.num_layers,
+                self.probe.numel(),
+                self.settings.model.top_k,
+                self.spec.num_experts,
+            )
         residents = record.layout.of_worker(worker)
         # All is read before anything is folded: a reply counts whole or not at all.
         vectors = {
@@ -418,6 +438,8 @@ class FoMoEStrategy(Strategy):
         for name, mean in means.items():
             mean.fold(*vectors[name], residents, weight, expert_weights)
         record.counts[worker] = counts
+        if choices is not None:
+            record.choices[worker] = choices
         return metrics
 
     def _replies(self, grid: Grid, deadline: float) -> Iterator[Message]:

@@ -115,6 +115,8 @@ class TaskHeader:
     """Names of the averaged moments that come along."""
     pooled_share: Sequence[Sequence[float]] | None
     """[num_layers][num_experts] shares of assignments of the round before, where wanted."""
+    probe: Sequence[Sequence[int]]
+    """[windows][tokens] ids for which the trained model's choices are wanted; empty for none."""
 
     def record(self) -> ConfigRecord:
         """Pack into a record."""
@@ -144,6 +146,13 @@ class TaskHeader:
         known = isinstance(header.moments, list) and set(map(str, header.moments)) <= set(MOMENTS)
         _expect("moments", known, f"a list of {', '.join(MOMENTS)}")
         _expect("pooled_share", _is_table(header.pooled_share), "null or a table of numbers")
+        _expect(
+            "probe",
+            isinstance(header.probe, list)
+            and all(_are_counts(window) and len(window) > 0 for window in header.probe)
+            and len(set(map(len, header.probe))) <= 1,
+            "a table of integers >= 0",
+        )
         return cls(**{**fields, "residents": tuple(tuple(layer) for layer in residents)})
 
 
@@ -179,6 +188,32 @@ def counts_fields(counts: RoutingCounts) -> dict[str, Any]:
         "all_ghost": counts.all_ghost.tolist(),
         "routed_tokens": counts.tokens,
     }
+
+
+def choices_in(
+    fields: Mapping[str, Any], num_layers: int, num_tokens: int, top_k: int, num_experts: int
+) -> Tensor:
+    """Read the choices of a reply, [num_layers, num_tokens, top_k]. Raises WireError.
+
+    Ids are global; `num_experts` stands for no choice.
+    """
+    choices = fields.get("choices")
+    right = (
+        isinstance(choices, list)
+        and len(choices) == num_layers
+        and all(_is_row(row, num_tokens * top_k) and max(row) <= num_experts for row in choices)
+    )
+    if not right:
+        raise WireError(
+            f"choices must be {num_layers} lists (layers) of {num_tokens} * {top_k} integers from "
+            f"0 to {num_experts}"
+        )
+    return torch.tensor(choices).view(num_layers, num_tokens, top_k)
+
+
+def choices_fields(choices: Tensor) -> dict[str, Any]:
+    """Return choices as a JSON-able field."""
+    return {"choices": choices.flatten(1).tolist()}
 
 
 def _is_row(value: Any, length: int) -> bool:

@@ -8,13 +8,12 @@ and the settings.
 """
 
 from fomoe_flwr.layout.balance import load_lower_bound, worker_loads
-from fomoe_flwr.layout.context import NO_CONTEXT, LayoutContext
+from fomoe_flwr.layout.context import LayoutContext
 from fomoe_flwr.layout.draw import check_layout, draw_layout
 from fomoe_flwr.layout.rehoming import Rehomed, rehome
 from fomoe_flwr.layout.table import Layout
 
 __all__ = [
-    "NO_CONTEXT",
     "Layout",
     "LayoutContext",
     "Rehomed",

@@ -1,6 +1,7 @@
-"""What the routers do: the balance loss of a step and the routing counts of a round.
+"""What the routers do: the balance loss of a step, the routing counts of a round, the choices.
 
-Shape legend: T tokens, K chosen experts, E scored experts (residents only in `partitioned`).
+Shape legend: T tokens, K chosen experts, E scored experts (residents only in `partitioned`),
+L layers, B windows, S tokens of a window.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fomoe_flwr.model.residency import Residents, moe_blocks
 
@@ -144,6 +146,53 @@ class RouterProbe:
                 self.counts.tokens += len(chosen_TK)
 
         return listen
+
+
+def chosen_experts(
+    model: PreTrainedModel,
+    windows_BS: Tensor,
+    num_experts: int,
+    top_k: int,
+    residents: Residents | None = None,
+    batch_size: int = 16,
+) -> Tensor:
+    """Return the experts that each token is sent to, [L, T, K] with T = B * S.
+
+    Global ids in ascending order; the id `num_experts` fills up where a router of `partitioned` has
+    fewer than `top_k` experts to choose from. In eval mode, where `RouterProbe` counts nothing.
+    """
+    seen: dict[int, list[Tensor]] = {}
+
+    def listener(layer: int, block: Any) -> Callable[..., None]:
+        held = torch.arange(num_experts)
+        if residents is not None and not hasattr(block.experts, "slot_of_expert"):
+            held = torch.tensor(residents[layer], dtype=torch.long)
+
+        def listen(_module: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
+            ids_TK = held[output[-1].cpu()].sort(-1).values
+            missing = (0, top_k - ids_TK.shape[-1])
+            padded_TK = nn.functional.pad(ids_TK, missing, value=num_experts)
+            seen.setdefault(layer, []).append(padded_TK)
+
+        return listen
+
+    handles = [
+        block.gate.register_forward_hook(listener(layer, block))
+        for layer, block in moe_blocks(model)
+    ]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch_BS in windows_BS.split(batch_size):
+                # Without the head: nobody asks for logits over the vocabulary.
+                model.base_model(input_ids=batch_BS.to(device), use_cache=False)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return torch.stack([torch.cat(seen[layer]) for layer in sorted(seen)])
 
 
 def _probabilities(gate: nn.Module, logits_TE: Tensor) -> Tensor:

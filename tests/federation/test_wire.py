@@ -32,6 +32,7 @@ HEADER = TaskHeader(
     fragment=-1,
     moments=["exp_avg"],
     pooled_share=[[0.5, 0.5]],
+    probe=[[3, 1], [4, 1]],
 )
 
 
@@ -216,6 +217,12 @@ def test_a_task_header_with_a_field_too_many_is_refused() -> None:
         ("moments", "exp_avg"),
         ("pooled_share", [0.5]),
         ("pooled_share", [["a"]]),
+        ("probe", None),
+        ("probe", [1]),
+        ("probe", [[]]),
+        ("probe", [[1], [1, 2]]),
+        ("probe", [[-1]]),
+        ("probe", [["1"]]),
         ("worker", "1"),
         ("worker", -1),
         ("worker", True),
@@ -235,6 +242,41 @@ def test_a_task_header_with_a_wrong_type_is_refused(name: str, value: Any) -> No
     words = HEADER.__dict__ | {name: value}
     with pytest.raises(WireError, match=f"task header is malformed: {name} must be"):
         TaskHeader.read(RecordDict({wire.TASK: wire.json_record(words)}))
+
+
+CHOICES = torch.tensor([[[0, 2], [1, 3], [2, 4]], [[1, 2], [0, 1], [4, 4]]])
+"""Two layers, three tokens, two of four experts; 4 stands for no choice."""
+
+
+def test_choices_survive_the_journey() -> None:
+    content = RecordDict({wire.TASK: wire.json_record(wire.choices_fields(CHOICES))})
+    back = wire.choices_in(wire.json_in(content, wire.TASK), 2, 3, 2, 4)
+    assert back.dtype == torch.int64
+    assert torch.equal(back, CHOICES)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        None,
+        {},
+        [],
+        [[0] * 6],
+        [[0] * 6] * 3,
+        [[0] * 6, [0] * 5],
+        [[0] * 6, [0] * 7],
+        [[0] * 6, [0, 0, 0, 0, 0, 5]],
+        [[0] * 6, [0, 0, 0, 0, 0, -1]],
+        [[0] * 6, [0, 0, 0, 0, 0, True]],
+        [[0] * 6, [0, 0, 0, 0, 0, 1.0]],
+        [[0] * 6, [0, 0, 0, 0, 0, 2**70]],
+        [[0] * 6, "000000"],
+        [[[0, 0]] * 3] * 2,
+    ],
+)
+def test_choices_of_another_shape_or_range_are_refused(choices: Any) -> None:
+    with pytest.raises(WireError, match=r"choices must be 2 lists .* 3 \* 2 integers from 0 to 4"):
+        wire.choices_in({"choices": choices}, 2, 3, 2, 4)
 
 
 @pytest.mark.parametrize(
