@@ -207,7 +207,11 @@ def test_report_prints_the_table_and_draws_the_plots_again(
     printed = capsys.readouterr().out
     assert f"{finished.read_metrics()[-1]['eval/loss']:.4f}" in printed
     assert str(finished.export) in printed
-    assert sorted(path.name for path in finished.plots.iterdir()) == ["layout.png", "loss.png", "routing.png"]
+    assert sorted(path.name for path in finished.plots.iterdir()) == [
+        "layout.png",
+        "loss.png",
+        "routing.png",
+    ]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample", "export", "report"])
