@@ -41,6 +41,8 @@ def print_start(settings: Settings, run: RunDirectory, layout: Layout) -> None:
     """Say what is about to run and what it will cost."""
     predicted: dict[str, Any] = dict(costs.summary(settings))
     workers = settings.layout.num_workers
+    fewest, most = layout.overlaps
+    copies = str(fewest) if fewest == most else f"{fewest} to {most}"
     sent = costs.predict_bytes(settings, layout)
     rows = [
         ("run directory", str(run.path)),
@@ -53,7 +55,7 @@ def print_start(settings: Settings, run: RunDirectory, layout: Layout) -> None:
         ),
         (
             "layout",
-            f"{workers} workers, every expert on {settings.layout.overlap}; "
+            f"{workers} workers, every expert on {copies}; "
             f"{settings.layout.kind}, {settings.model.routing}",
         ),
         (
