@@ -24,8 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fomoe_flwr.config import one_line
-from fomoe_flwr.errors import InputError
+from fomoe_flwr.errors import InputError, one_line
 from fomoe_flwr.files import remove_drafts, replace_folder, save_text
 
 

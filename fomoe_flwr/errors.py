@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class InputError(ValueError):
     """Input that cannot be used: nothing was started (exit status 2)."""
@@ -9,3 +11,8 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that could not go on (exit status 1)."""
+
+
+def one_line(error: object) -> str:
+    """Fold an error's text into one line."""
+    return re.sub(r"\s+", " ", str(error)).strip()

@@ -38,6 +38,7 @@ Weights = dict[str, Tensor]
 
 MICRO = (
     "preset=tiny",
+    "rounds=2",
     "model.hidden_size=16",
     "model.expert_size=8",
     "model.num_experts=6",

@@ -16,7 +16,8 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fomoe_flwr import __version__
-from fomoe_flwr.config import Settings, one_line
+from fomoe_flwr.config import Settings
+from fomoe_flwr.errors import one_line
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.model.state import StateSpec

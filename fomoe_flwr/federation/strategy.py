@@ -29,9 +29,9 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fomoe_flwr.aggregation import HolderMean
-from fomoe_flwr.config import Settings, one_line
+from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import layout_context
-from fomoe_flwr.errors import RunError
+from fomoe_flwr.errors import RunError, one_line
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.seats import RunIdentity, Seats, push, wait
 from fomoe_flwr.federation.wire import TaskHeader, WireError

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from fomoe_flwr.config import LayoutSettings, SettingsError, one_line
+from fomoe_flwr.config import LayoutSettings, SettingsError
+from fomoe_flwr.errors import one_line
 from fomoe_flwr.layout.table import Layout
 
 _FORM = "[layer][worker] -> expert ids, or one layer for all"

@@ -1,0 +1,60 @@
+"""Settings: typed, validated, refused before anything starts.
+
+`schema` is the tree of dataclasses, `checks` what they must not be, `compose` the way from `conf/`
+to them. A wrong value is refused with the value, the allowed range and the key to change. No torch,
+no Flower.
+"""
+
+from fomoe_flwr.config.checks import (
+    BIASED_FAMILIES,
+    LOCAL_STREAMS,
+    PATHS,
+    SHARED_EXPERT_FAMILIES,
+    SettingsError,
+    check,
+)
+from fomoe_flwr.config.compose import (
+    RESUMABLE_KEYS,
+    conf_dir,
+    load_settings,
+    read_settings,
+    settings_from_dict,
+)
+from fomoe_flwr.config.schema import (
+    BalanceSettings,
+    CheckpointSettings,
+    DataSettings,
+    EvalSettings,
+    FederationSettings,
+    LayoutSettings,
+    LocalSettings,
+    ModelSettings,
+    OuterSettings,
+    Settings,
+    WireSettings,
+)
+
+__all__ = [
+    "BIASED_FAMILIES",
+    "LOCAL_STREAMS",
+    "PATHS",
+    "RESUMABLE_KEYS",
+    "SHARED_EXPERT_FAMILIES",
+    "BalanceSettings",
+    "CheckpointSettings",
+    "DataSettings",
+    "EvalSettings",
+    "FederationSettings",
+    "LayoutSettings",
+    "LocalSettings",
+    "ModelSettings",
+    "OuterSettings",
+    "Settings",
+    "SettingsError",
+    "WireSettings",
+    "check",
+    "conf_dir",
+    "load_settings",
+    "read_settings",
+    "settings_from_dict",
+]

@@ -1,0 +1,229 @@
+"""What settings must not be: out of range, or at odds with each other."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from fomoe_flwr.config.schema import ModelSettings, Settings
+from fomoe_flwr.errors import InputError
+
+
+class SettingsError(InputError):
+    """A setting that cannot be used; the message names value, allowed range and key."""
+
+
+SHARED_EXPERT_FAMILIES = ("deepseek_v3", "glm4_moe")
+"""Families of DeepSeek-V3's block: shared experts, sigmoid scores, group-limited routing."""
+
+BIASED_FAMILIES = ("deepseek_v3", "glm4_moe", "fomoe")
+"""Families whose router adds a bias of each expert to its score when it chooses."""
+
+PATHS = (("data", "path"), ("data", "tokenizer"), ("model", "pretrained"), ("layout", "path"))
+"""Settings, by section, that name a file or folder of this machine."""
+
+LOCAL_STREAMS = ("parquet", "json", "text")
+"""Values of `data.dataset` that stream the local files of `data.path`."""
+
+
+def check(settings: Settings) -> None:
+    """Refuse values out of range and values that contradict each other."""
+    for key, value, options, bounds in _limits(settings):
+        if options is not None and value not in options:
+            raise SettingsError(
+                f"{key}={value} is not one of {', '.join(options)}{did_you_mean(value, options)}"
+            )
+        for broken, text in _broken_bounds(value, bounds):
+            if broken:
+                raise SettingsError(f"{key}={value} is out of range: it must be {text}")
+    _check_model(settings.model)
+    _check_experiment(settings)
+    _check_partitioned(settings)
+    _check_outer(settings)
+    _check_balance(settings)
+    if settings.data.path and settings.data.dataset not in ("", *LOCAL_STREAMS):
+        raise SettingsError(
+            f"data.path={settings.data.path} and data.dataset={settings.data.dataset} contradict "
+            f"each other: give one of them (data.dataset={'|'.join(LOCAL_STREAMS)} streams a path)"
+        )
+    if settings.federation.min_workers > settings.layout.num_workers:
+        raise SettingsError(
+            f"federation.min_workers={settings.federation.min_workers} needs layout.num_workers >= "
+            f"{settings.federation.min_workers} (got {settings.layout.num_workers})"
+        )
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Return a suggestion to end an error with, or nothing."""
+    near = difflib.get_close_matches(str(word), list(options), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _check_model(model: ModelSettings) -> None:
+    if model.head_size % 2:
+        raise SettingsError(
+            f"model.head_size={model.head_size} must be even: rotary embeddings turn pairs"
+        )
+    if not model.head_size and model.hidden_size % (2 * model.num_heads):
+        raise SettingsError(
+            f"model.hidden_size={model.hidden_size} must be a multiple of 2 * model.num_heads "
+            f"(= {2 * model.num_heads}): rotary embeddings need an even head size"
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise SettingsError(
+            f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}"
+        )
+    if model.top_k > model.num_experts:
+        raise SettingsError(
+            f"model.top_k={model.top_k} needs model.num_experts >= {model.top_k} "
+            f"(got {model.num_experts})"
+        )
+    _check_family(model)
+
+
+def _check_family(model: ModelSettings) -> None:
+    """Refuse what a family cannot express."""
+    family = model.family
+    if family in ("deepseek_v3", "fomoe") and model.num_kv_heads != model.num_heads:
+        raise SettingsError(
+            f"model.num_kv_heads={model.num_kv_heads} must equal model.num_heads="
+            f"{model.num_heads}: in {family} every head has keys and values of its own"
+        )
+    if family == "mixtral" and not model.norm_topk:
+        raise SettingsError(
+            "model.norm_topk=False must be true for model.family=mixtral: its router always "
+            "renormalises the chosen scores"
+        )
+    if model.num_shared_experts and family not in SHARED_EXPERT_FAMILIES:
+        raise SettingsError(
+            f"model.num_shared_experts={model.num_shared_experts} must be 0 for model.family="
+            f"{family}; these have shared experts: {', '.join(SHARED_EXPERT_FAMILIES)}"
+        )
+    if family == "olmoe" and model.head_size not in (0, model.hidden_size // model.num_heads):
+        raise SettingsError(
+            f"model.head_size={model.head_size} must be 0 for model.family=olmoe: it normalises "
+            "queries over the hidden size"
+        )
+    if family in SHARED_EXPERT_FAMILIES and model.num_experts < 2:
+        raise SettingsError(
+            f"model.num_experts={model.num_experts} must be >= 2 for model.family={family}: its "
+            "router ranks a group of experts by its best two"
+        )
+
+
+def _check_partitioned(settings: Settings) -> None:
+    """Refuse `partitioned` where a worker's router would have too few rows for its family."""
+    model, layout = settings.model, settings.layout
+    if model.family not in SHARED_EXPERT_FAMILIES or model.routing != "partitioned":
+        return
+    even = model.num_experts * layout.overlap // layout.num_workers
+    fewest = min(layout.residents, default=even)
+    if fewest < 2:
+        raise SettingsError(
+            f"model.routing=partitioned with model.family={model.family} needs two residents per "
+            f"worker, model.num_experts * layout.overlap / layout.num_workers >= 2 (got {fewest}): "
+            "its router ranks a group of experts by its best two"
+        )
+
+
+def _check_outer(settings: Settings) -> None:
+    outer, local = settings.outer, settings.local
+    if outer.name in ("local_adamw", "des_loc"):
+        if local.optimizer != "adamw":
+            raise SettingsError(
+                f"outer={outer.name} averages Adam's moments: local.optimizer={local.optimizer} "
+                "must be adamw"
+            )
+        if not local.keep_inner_state:
+            raise SettingsError(
+                f"outer={outer.name} averages Adam's moments: local.keep_inner_state must be true"
+            )
+        if "float16" in (settings.wire.up, settings.wire.down):
+            raise SettingsError(
+                f"outer={outer.name} averages Adam's moments, which float16 rounds to 0: use "
+                "bfloat16 or float32 for wire.up and wire.down"
+            )
+    if outer.momentum and outer.name != "nesterov":
+        raise SettingsError(
+            f"outer.momentum={outer.momentum} has no meaning for outer={outer.name}: use "
+            "outer=nesterov or outer.momentum=0"
+        )
+    if outer.fragments > settings.model.num_layers:
+        raise SettingsError(
+            f"outer.fragments={outer.fragments} must be <= model.num_layers="
+            f"{settings.model.num_layers}: a fragment is made of whole layers"
+        )
+    if outer.fragments > settings.rounds:
+        raise SettingsError(
+            f"outer.fragments={outer.fragments} must be <= rounds={settings.rounds}: otherwise "
+            "some fragment is never synchronised"
+        )
+
+
+def _check_balance(settings: Settings) -> None:
+    if settings.balance.bias_rate and settings.model.family not in BIASED_FAMILIES:
+        raise SettingsError(
+            f"balance.bias_rate={settings.balance.bias_rate} needs a router with a selection bias: "
+            f"model.family={settings.model.family} is not one of {', '.join(BIASED_FAMILIES)}"
+        )
+
+
+def _check_experiment(settings: Settings) -> None:
+    workers, overlap = settings.layout.num_workers, settings.layout.overlap
+    if overlap > workers:
+        raise SettingsError(
+            f"layout.overlap={overlap} needs layout.num_workers >= {overlap} (got {workers})"
+        )
+    if settings.experiment in ("diloco", "photon") and overlap != workers:
+        raise SettingsError(
+            f"experiment={settings.experiment} is a full-replica method: layout.overlap={overlap} "
+            f"must equal layout.num_workers={workers}; use experiment=fomoe for partial replicas"
+        )
+    if settings.experiment in ("diloco", "photon") and settings.layout.kind == "explicit":
+        raise SettingsError(
+            f"experiment={settings.experiment} is a full-replica method: layout.kind=explicit must "
+            "be another kind; use experiment=fomoe for partial replicas"
+        )
+    if settings.experiment == "centralised" and workers != 1:
+        raise SettingsError(
+            f"experiment=centralised has one worker: layout.num_workers={workers} must be 1; "
+            "use experiment=photon or diloco for several full replicas"
+        )
+
+
+def _limits(
+    node: Any, prefix: str = ""
+) -> Iterable[tuple[str, Any, tuple[str, ...] | None, Mapping[str, float | None] | None]]:
+    for item in fields(node):
+        value, key = getattr(node, item.name), prefix + item.name
+        if is_dataclass(value):
+            yield from _limits(value, key + ".")
+        elif item.metadata:
+            yield key, value, item.metadata.get("options"), item.metadata.get("bounds")
+
+
+def _broken_bounds(
+    value: Any, bounds: Mapping[str, float | None] | None
+) -> Iterable[tuple[bool, str]]:
+    if bounds is None:
+        return
+    text = " and ".join(
+        f"{name} {bound}"
+        for name, bound in (
+            (">=", bounds["at_least"]),
+            (">", bounds["above"]),
+            ("<=", bounds["at_most"]),
+            ("<", bounds["below"]),
+        )
+        if bound is not None
+    )
+    low, above, high, below = (bounds[k] for k in ("at_least", "above", "at_most", "below"))
+    # Written so that NaN breaks every bound.
+    yield low is not None and not value >= low, text
+    yield above is not None and not value > above, text
+    yield high is not None and not value <= high, text
+    yield below is not None and not value < below, text
+    yield isinstance(value, float) and not math.isfinite(value), f"finite and {text}"

@@ -1,0 +1,179 @@
+"""From `conf/` and Hydra overrides, or from a stored run, to checked settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from fomoe_flwr.config.checks import SettingsError, check, did_you_mean
+from fomoe_flwr.config.schema import Settings
+from fomoe_flwr.errors import one_line
+
+RESUMABLE_KEYS = (
+    "rounds",
+    "engine",
+    "resume",
+    "checkpoint",
+    "federation",
+    "eval",
+    "local.device",
+    "local.threads",
+)
+"""What may change when a run is resumed; everything else is the run's identity."""
+
+
+def conf_dir() -> Path:
+    """Return the folder of Hydra groups: beside the package (checkout, bundle), else inside it."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package.parent / "conf", package / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise SettingsError(f"no conf/config.yaml beside {package}: reinstall fomoe-flwr")
+
+
+def load_settings(overrides: Iterable[str] = ()) -> Settings:
+    """Compose `conf/` with Hydra overrides and return checked settings.
+
+    Raises SettingsError, one line, for an unknown key, a wrong type, a value out of range or
+    values that contradict each other. With `resume=RUN_DIR` the stored settings of that run are
+    taken and only `RESUMABLE_KEYS` may be overridden.
+    """
+    overrides = list(overrides)
+    resume = _resume_target(overrides)
+    settings = _stored(resume, overrides) if resume else _composed(overrides)
+    check(settings)
+    return settings
+
+
+def read_settings(path: Path) -> Settings:
+    """Read the settings that a run stored as `config.yaml`."""
+    try:
+        stored = OmegaConf.load(path)
+    except (OSError, YAMLError) as error:
+        raise SettingsError(f"cannot read settings from {path}: {one_line(error)}") from error
+    return _typed(stored)
+
+
+def settings_from_dict(fields: Mapping[str, Any]) -> Settings:
+    """Rebuild settings that travelled as JSON, with the same checks."""
+    settings = _typed(OmegaConf.create(dict(fields)))
+    check(settings)
+    return settings
+
+
+def _known_keys(node: Any, prefix: str = "") -> Iterable[str]:
+    for item in fields(node):
+        key = prefix + item.name
+        yield key
+        value = getattr(node, item.name)
+        if is_dataclass(value):
+            yield from _known_keys(value, key + ".")
+
+
+def _unknown_key(key: str) -> SettingsError:
+    known = list(_known_keys(Settings()))
+    return SettingsError(
+        f"{key} is not a setting{did_you_mean(key, known) or '; see conf/ for all settings'}"
+    )
+
+
+def _typed(node: Any) -> Settings:
+    """Merge a plain config into the schema: unknown keys and wrong types are refused."""
+    try:
+        # A composed config already carries the schema and would wave `+extra` keys through.
+        plain = OmegaConf.to_container(node, resolve=True)
+        merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.create(plain))
+        settings = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _explain(error) from error
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def _explain(error: OmegaConfBaseException) -> SettingsError:
+    key = str(getattr(error, "full_key", "") or "")
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return _unknown_key(key)
+    reason = one_line(str(error).splitlines()[0])
+    return SettingsError(f"{key}: {reason}" if key else reason)
+
+
+def _composed(overrides: list[str]) -> Settings:
+    # Flower's simulation actors and in-process runs reuse processes, and Hydra's state is global.
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = compose("config", overrides=overrides)
+    except MissingConfigException as error:
+        raise _unknown_choice(error) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # Hydra's own refusal of a group that is no name (`local=5`) is a bare ValueError.
+        raise _override_error(error) from error
+    finally:
+        GlobalHydra.instance().clear()
+    return _typed(composed)
+
+
+def _unknown_choice(error: MissingConfigException) -> SettingsError:
+    group, _, choice = str(error.missing_cfg_file).partition("/")
+    options = sorted(str(option) for option in error.options or [])
+    return SettingsError(
+        f"{group}={choice} is not one of {', '.join(options)}{did_you_mean(choice, options)}"
+    )
+
+
+def _override_error(error: Exception) -> SettingsError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException):
+            return _explain(cause)
+        cause = cause.__cause__
+    found = re.match(r"Could not override '([^']+)'", str(error))
+    if found:
+        return _unknown_key(found[1])
+    return SettingsError(one_line(str(error).split("See https://")[0]))
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise _override_error(error) from error
+
+
+def _resume_target(overrides: list[str]) -> str:
+    targets = [o.value() for o in _parse(overrides) if o.key_or_group == "resume"]
+    return str(targets[-1]) if targets and targets[-1] else ""
+
+
+def _stored(resume: str, overrides: list[str]) -> Settings:
+    run_dir = Path(resume).expanduser().resolve()
+    if not (run_dir / "config.yaml").is_file():
+        raise SettingsError(f"resume={resume} is not a run directory: it has no config.yaml")
+    node = OmegaConf.create(read_settings(run_dir / "config.yaml").to_dict())
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if not any(key == k or key.startswith(k + ".") for k in RESUMABLE_KEYS):
+            raise SettingsError(
+                f"{key} cannot change when a run is resumed; these can: {', '.join(RESUMABLE_KEYS)}"
+            )
+        OmegaConf.update(node, key, override.value(), force_add=False)
+    node.resume = str(run_dir)
+    node.output_dir = str(run_dir)
+    return _typed(node)
+
+
+ConfigStore.instance().store(name="settings", node=Settings)

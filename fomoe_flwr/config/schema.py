@@ -1,0 +1,238 @@
+"""The settings of a run: one tree of dataclasses, their defaults and their bounds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fomoe_flwr.routing import RoutingMode
+
+
+def _number(
+    default: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return field(default=default, metadata={"bounds": bounds})
+
+
+def _choice(default: str, *options: str) -> Any:
+    return field(default=default, metadata={"options": options})
+
+
+@dataclass
+class ModelSettings:
+    """Shape of the model; every family of `fomoe_flwr.model.families` takes the same names."""
+
+    name: str = "olmoe-demo"
+    family: str = _choice(
+        "olmoe", "olmoe", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "fomoe"
+    )
+    routing: str = _choice("skip_token", *(mode.value for mode in RoutingMode))
+    num_layers: int = _number(4, at_least=1)
+    hidden_size: int = _number(256, at_least=8)
+    expert_size: int = _number(256, at_least=1)
+    num_heads: int = _number(4, at_least=1)
+    num_kv_heads: int = _number(4, at_least=1)
+    head_size: int = _number(0, at_least=0)
+    """Width of an attention head; 0 means hidden_size / num_heads."""
+    num_experts: int = _number(16, at_least=1)
+    num_shared_experts: int = _number(0, at_least=0)
+    """Experts that every token passes and every worker holds; `deepseek_v3` and `glm4_moe` only."""
+    top_k: int = _number(2, at_least=1)
+    vocab_size: int = _number(4096, at_least=260)
+    tie_embeddings: bool = True
+    norm_topk: bool = False
+    init_std: float = _number(0.02, above=0)
+    pretrained: str = ""
+    """Folder of a transformers checkpoint to go on from (continued pre-training)."""
+    rope_theta: float = _number(0.0, at_least=0)
+    """Base of the rotary angles; 0 means the family's own."""
+    norm_eps: float = _number(0.0, at_least=0)
+    """0 means the family's own."""
+    base_hidden_size: int = _number(256, at_least=1)
+    base_num_layers: int = _number(4, at_least=1)
+    """Proxy from which CompleteP transfers learning rate and scales; `fomoe` only."""
+
+    @property
+    def routing_mode(self) -> RoutingMode:
+        return RoutingMode(self.routing)
+
+
+@dataclass
+class DataSettings:
+    """Where text comes from. No path and no data set means the embedded corpus."""
+
+    path: str = ""
+    dataset: str = ""
+    dataset_config: str = ""
+    dataset_revision: str = ""
+    text_key: str = "text"
+    domain_key: str = "domain"
+    partition: str = _choice("iid", "iid", "by_domain")
+    sequence_length: int = _number(128, at_least=8)
+    holdout_fraction: float = _number(0.02, above=0, below=0.5)
+    tokenizer: str = ""
+
+
+@dataclass
+class LayoutSettings:
+    """Who holds which experts."""
+
+    kind: str = _choice("fixed", "fixed", "random", "rolling", "balanced", "weighted", "explicit")
+    num_workers: int = _number(4, at_least=1)
+    overlap: int = _number(2, at_least=1)
+    draw: str = _choice("per_layer", "per_layer", "same")
+    reshuffle_every: int = _number(1, at_least=1)
+    warm_rounds: int = _number(0, at_least=0)
+    """Rounds of full replicas before the experts are parted."""
+    roll_by: int = _number(1, at_least=1)
+    """Experts by which `rolling` advances at every reshuffle."""
+    tolerance: float = _number(0.1, at_least=0)
+    """`balanced` leaves two workers as they are if a swap would narrow the gap between their loads
+    by no more than this share of a worker's mean load in a layer."""
+    allow_uneven: bool = False
+    residents: list[int] = field(default_factory=list)
+    """Experts of each layer for each worker, e.g. [12,8,8,4]; they add up to experts * overlap."""
+    capacity_gib: list[float] = field(default_factory=list)
+    """Memory of each worker for its training state; the numbers of residents follow from it."""
+    path: str = ""
+    """File of an `explicit` layout."""
+
+
+@dataclass
+class LocalSettings:
+    """What a worker does between two synchronisations."""
+
+    steps: int = _number(32, at_least=1)
+    optimizer: str = _choice("adamw", "adamw", "sgd")
+    lr: float = _number(4e-3, above=0)
+    warmup_steps: int = _number(32, at_least=0)
+    schedule: str = _choice("cosine", "constant", "cosine", "wsd")
+    min_lr_ratio: float = _number(0.1, at_least=0, at_most=1)
+    decay_fraction: float = _number(0.2, above=0, at_most=1)
+    """Share of the run's steps, at its end, in which `wsd` decays."""
+    batch_size: int = _number(8, at_least=1)
+    accumulate: int = _number(1, at_least=1)
+    beta1: float = _number(0.9, at_least=0, below=1)
+    beta2: float = _number(0.95, at_least=0, below=1)
+    eps: float = _number(1e-8, above=0)
+    weight_decay: float = _number(0.0, at_least=0)
+    grad_clip: float = _number(1.0, at_least=0)
+    precision: str = _choice("float32", "float32", "bfloat16")
+    """bfloat16: autocast over fp32 master weights, on a GPU."""
+    fresh_expert_warmup_steps: int = _number(8, at_least=0)
+    keep_inner_state: bool = True
+    device: str = _choice("auto", "auto", "cpu", "cuda")
+    threads: int = _number(0, at_least=0)
+
+
+@dataclass
+class BalanceSettings:
+    """What keeps routers from collapsing."""
+
+    loss: float = _number(0.01, at_least=0)
+    """Coefficient of E * sum_i f_i P_i (Switch); f_i are shares of assignments, so 1 is balance."""
+    form: str = _choice("local", "local", "global")
+    """f_i from the micro-batch, or pooled over all workers in the round before."""
+    z_loss: float = _number(0.0, at_least=0)
+    """Coefficient of the mean squared logsumexp of the router logits."""
+    bias_rate: float = _number(0.0, at_least=0)
+    """Step of the loss-free selection bias; only for families whose router has one."""
+
+
+@dataclass
+class OuterSettings:
+    """What the server does with the averaged pseudo-gradient."""
+
+    name: str = _choice("average", "average", "nesterov", "local_adamw", "des_loc")
+    lr: float = _number(1.0, above=0)
+    expert_lr: float = _number(0.0, at_least=0)
+    """Outer rate of experts; 0 means `lr`."""
+    momentum: float = _number(0.0, at_least=0, below=1)
+    sqrt_holders: bool = False
+    """Multiply every averaged pseudo-gradient by the square root of its replies (DiPaCo)."""
+    weighting: str = _choice("tokens", "tokens", "uniform", "routed")
+    router_rows: str = _choice("all", "all", "holders")
+    """In `skip_token`: average a router row over all workers (paper) or its expert's holders."""
+    first_moment_every: int = _number(3, at_least=1)
+    second_moment_every: int = _number(6, at_least=1)
+    fragments: int = _number(1, at_least=1)
+
+
+@dataclass
+class WireSettings:
+    """How numbers travel."""
+
+    up: str = _choice("float32", "float32", "bfloat16", "float16")
+    down: str = _choice("float32", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class EvalSettings:
+    """Evaluation of the assembled global model on held-out text."""
+
+    every: int = _number(1, at_least=1)
+    batch_size: int = _number(16, at_least=1)
+    max_tokens: int = _number(32768, at_least=1)
+    probe_tokens: int = _number(512, at_least=0)
+    """Held-out tokens on which the choices of routers are compared; 0 compares nothing."""
+    sample_prompt: str = "The "
+    sample_tokens: int = _number(80, at_least=0)
+
+
+@dataclass
+class CheckpointSettings:
+    """When the server writes its state, and how much of the past it keeps."""
+
+    every: int = _number(1, at_least=1)
+    keep: int = _number(2, at_least=1)
+
+
+@dataclass
+class FederationSettings:
+    """Patience, quorum, and what the simulation engine gives each worker."""
+
+    min_workers: int = _number(1, at_least=1)
+    cpus_per_worker: int = _number(1, at_least=1)
+    gpus_per_worker: float = _number(0.0, at_least=0)
+    round_timeout_seconds: float = _number(3600, above=0)
+    node_wait_seconds: float = _number(30, at_least=0)
+
+
+@dataclass
+class Settings:
+    """Everything a run depends on."""
+
+    preset: str = "demo"
+    experiment: str = "fomoe"
+    engine: str = _choice("in_process", "in_process", "flower")
+    output_dir: str = ""
+    resume: str = ""
+    seed: int = _number(0, at_least=0, below=2**31)
+    rounds: int = _number(8, at_least=1)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    local: LocalSettings = field(default_factory=LocalSettings)
+    balance: BalanceSettings = field(default_factory=BalanceSettings)
+    outer: OuterSettings = field(default_factory=OuterSettings)
+    wire: WireSettings = field(default_factory=WireSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested dictionaries, ready for YAML or JSON."""
+        return asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write the resolved settings as YAML."""
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(self.to_dict())), encoding="utf-8")
