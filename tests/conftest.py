@@ -15,6 +15,14 @@ import pytest
 from fomoe_flwr.config import DataSettings, ModelSettings
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate-golden",
+        action="store_true",
+        help="write tests/golden/ anew instead of comparing with it",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Give the whole session, subprocesses included, one cache folder of its own."""

@@ -18,6 +18,7 @@ import torch
 from flwr.app import Message, MessageType
 from torch import Tensor
 
+from fomoe_flwr import files
 from fomoe_flwr.config import Settings, check, load_settings, settings_from_dict
 from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import client, wire
@@ -71,7 +72,7 @@ def micro(*overrides: str) -> Settings:
         for part in path:
             node = getattr(node, part)
         kind = type(getattr(node, name))
-        setattr(node, name, text == "true" if kind is bool else kind(text))
+        setattr(node, name, json.loads(text) if kind in (bool, list) else kind(text))
     check(settings)
     return settings
 
@@ -132,6 +133,8 @@ def use_made_up_data(patch: pytest.MonkeyPatch) -> None:
         return specs[digest]
 
     patch.setattr(client, "_check_spec", check_spec)
+    # No power cut is expected here, and waiting for disks takes longer than training.
+    patch.setattr(files, "_flush", lambda path: None)
     patch.setattr(client, "_node_data", lambda settings, worker, *_: Counting(settings, worker))
     patch.setattr(client, "settings_from_dict", lambda fields: _checked(json.dumps(fields)))
 
@@ -250,7 +253,7 @@ class Federation:
     def _note(self, record: RoundRecord) -> None:
         self.rounds.append(
             Snapshot(
-                deepcopy(record),
+                record,
                 {key: value.clone() for key, value in self.state.items()},
                 {key: value.clone() for key, value in self.outer.tensors().items()},
             )
