@@ -227,6 +227,12 @@ def with_json(reply: Message, **changes: Any) -> list[Message]:
     return [reply]
 
 
+def with_load(reply: Message, first: int) -> list[Message]:
+    load = wire.json_in(reply.content, wire.TASK)["load"]
+    load[0][0] = first
+    return with_json(reply, load=load)
+
+
 def with_arrays(
     request: Message, reply: Message, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> list[Message]:
@@ -340,6 +346,14 @@ FAULTS: Mapping[str, tuple[Tamper, str]] = {
     "garbage": (garbage, "array has 9 bytes, its shape needs "),
     "no metrics": (no_metrics, "needs the record 'metrics' (got "),
     "one metric missing": (one_metric_missing, "metric tokens=None must be a finite number"),
+    "a count beyond all tensors": (
+        lambda request, reply, grid: with_load(reply, 2**70),
+        "routing counts must be tables of integers >= 0, 2 layers by 12 experts",
+    ),
+    "more tokens routed than given": (
+        lambda request, reply, grid: with_load(reply, 10_000),
+        "routing counts of a layer add up to more than ",
+    ),
     "empty reply": (empty_reply, "needs the record 'task' (got [])"),
 }
 
