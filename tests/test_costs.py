@@ -77,7 +77,7 @@ def test_counts_equal_the_built_model(
     model = of_family(ModelSettings(tie_embeddings=tied, routing=routing, **shape), family)
     whole = built(model)
     real = {key: tuple(p.shape) for key, p in whole.named_parameters()}
-    assert costs.parameter_shapes(model) == real
+    assert shapes.parameter_shapes(model) == real
     everything = {key: tuple(value.shape) for key, value in state_of(whole).items()}
     assert shapes.parameter_shapes(model) | shapes.buffer_shapes(model) == everything
     counts = costs.parameter_counts(model)
@@ -128,7 +128,7 @@ def test_bytes_are_elements_times_their_size(
     held, buffers = [], shapes.buffer_shapes(settings.model)
     for worker in range(layout.num_workers):
         elements = 0
-        for key, shape in (costs.parameter_shapes(settings.model) | buffers).items():
+        for key, shape in (shapes.parameter_shapes(settings.model) | buffers).items():
             if is_expert_key(key, settings.model.routing_mode):
                 residents = layout.of_worker(worker)[int(key.split(".")[2])]
                 elements += len(residents) * math.prod(shape[1:])
@@ -254,7 +254,7 @@ def test_the_paper_s_models_are_built_with_exactly_the_paper_s_parameters(name: 
     shape = (model.hidden_size, model.num_layers, model.num_experts, model.expert_size)
     assert (*shape, model.top_k, model.vocab_size) == PAPER[name]
     assert model.hidden_size // model.num_heads == 64
-    sizes = {key: math.prod(s) for key, s in costs.parameter_shapes(model).items()}
+    sizes = {key: math.prod(s) for key, s in shapes.parameter_shapes(model).items()}
     norms = sum(n for key, n in sizes.items() if "norm" in key)
     assert norms == (4 * model.num_layers + 2) * model.hidden_size
     paper, ours = costs.paper_counts(*PAPER[name]), costs.parameter_counts(model)
@@ -262,7 +262,7 @@ def test_the_paper_s_models_are_built_with_exactly_the_paper_s_parameters(name: 
     assert ours.active - norms == paper.active
     assert (ours.shared - norms, ours.expert) == (paper.shared, paper.expert)
     real = {key: tuple(p.shape) for key, p in built(model).named_parameters()}
-    assert costs.parameter_shapes(model) == real
+    assert shapes.parameter_shapes(model) == real
 
 
 RING = {

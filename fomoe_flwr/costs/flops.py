@@ -1,0 +1,91 @@
+"""FLOPs of a token, by part of the model, and what skipping ghosts can save of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.costs.counts import expert_weights
+from fomoe_flwr.layout import Layout
+from fomoe_flwr.routing import RoutingMode, has_layer, is_router_key
+from fomoe_flwr.shapes import head_size, latent_sizes, parameter_shapes
+
+TRAINING_FACTOR = 3
+"""Training FLOPs over forward FLOPs: the backward pass has two products for each one."""
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """Forward FLOPs of one token, by part of the model; a multiply-add counts two."""
+
+    projections: float
+    """Every dense matrix of the layers: attention's, and shared experts'."""
+    scores: float
+    router: float
+    experts: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        """FLOPs of one token's forward pass."""
+        return self.projections + self.scores + self.router + self.experts + self.head
+
+    @property
+    def train(self) -> float:
+        """FLOPs of one token's forward and backward pass."""
+        return TRAINING_FACTOR * self.forward
+
+    @property
+    def expert_share(self) -> float:
+        """Share of the experts in all FLOPs (f in the skip-token limit)."""
+        return self.experts / self.forward
+
+
+def token_flops(
+    model: ModelSettings, sequence_length: int, executed_experts: float | None = None
+) -> TokenFlops:
+    """Return the forward FLOPs of one token; norms, softmax and embedding look-up are left out.
+
+    `executed_experts` is the mean number of experts that run for a token in a layer; left out, it
+    is `top_k`, the whole model. Attention is causal: a token attends to half the sequence on
+    average.
+    """
+    hidden, layers = model.hidden_size, model.num_layers
+    executed = model.top_k if executed_experts is None else executed_experts
+    shapes = parameter_shapes(model)
+    attended = 2 * head_size(model)
+    if model.family == "deepseek_v3":
+        # Keys have a rotary part that values lack.
+        attended += latent_sizes(model).rotary
+    return TokenFlops(
+        projections=2 * sum(math.prod(s) for key, s in shapes.items() if _is_dense_matrix(key, s)),
+        scores=layers * sequence_length * model.num_heads * attended,
+        router=layers * 2 * hidden * model.num_experts,
+        experts=executed * 2 * expert_weights(shapes) / model.num_experts,
+        head=2 * hidden * model.vocab_size,
+    )
+
+
+def executed_experts(model: ModelSettings, layout: Layout) -> float:
+    """Return how many experts run for a token, mean over workers and layers, at uniform routing.
+
+    `skip_token`: the chosen experts that happen to be resident. `partitioned`: the worker chooses
+    among its residents, so it runs `top_k` of them as long as it has that many.
+    """
+    residents = [len(experts) for workers in layout.residents for experts in workers]
+    if model.routing_mode is RoutingMode.SKIP_TOKEN:
+        return model.top_k * sum(residents) / (len(residents) * model.num_experts)
+    return sum(min(model.top_k, held) for held in residents) / len(residents)
+
+
+def skip_speedup_limit(expert_share: float, resident_share: float) -> float:
+    """Return how much faster a step can get when only a share of the expert work is executed.
+
+    1 / (1 - f (1 - a)): f the experts' share of all FLOPs, a the executed share of expert work.
+    """
+    return 1 / (1 - expert_share * (1 - resident_share))
+
+
+def _is_dense_matrix(key: str, shape: tuple[int, ...]) -> bool:
+    return has_layer(key) and len(shape) == 2 and not is_router_key(key)

@@ -1,0 +1,173 @@
+"""Payload bytes of a round in the star that Flower has: a worker gets and returns what it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fomoe_flwr.config import ModelSettings, OuterSettings, Settings, SettingsError
+from fomoe_flwr.costs.counts import resident_counts
+from fomoe_flwr.layout import Layout
+from fomoe_flwr.layout.context import begins_period
+from fomoe_flwr.routing import is_expert_key, layer_of
+from fomoe_flwr.shapes import buffer_shapes, parameter_shapes
+from fomoe_flwr.synchronisation import fragment_of_round, fragment_rows, moments_of_round
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one element on the wire, by the names that `wire.up` and `wire.down` take."""
+
+
+@dataclass(frozen=True)
+class RoundBytes:
+    """Payload bytes of one round, for each worker: to the server and from the server."""
+
+    up_per_worker: list[int]
+    down_per_worker: list[int]
+
+    @property
+    def up(self) -> int:
+        """Bytes that all workers send together."""
+        return sum(self.up_per_worker)
+
+    @property
+    def down(self) -> int:
+        """Bytes that all workers receive together."""
+        return sum(self.down_per_worker)
+
+
+def predict_bytes(settings: Settings, layout: Layout) -> RoundBytes:
+    """Predict the payload bytes of one round, mean over a full cycle of rounds like this layout's.
+
+    A cycle is as long as it takes until fragments, moments and moves of the layout meet again. The
+    first round of a run costs less, and so do rounds with failures: `predict_round` is exact. For
+    one fragment without moments both are the same: what a worker holds, down and up.
+    """
+    outer, moving = settings.outer, _moves(settings)
+    periods = [outer.first_moment_every, outer.second_moment_every]
+    turns = math.lcm(*periods) if outer.name == "des_loc" else 1
+    cycle = outer.fragments * turns
+    if moving and outer.fragments > 1:
+        cycle = math.lcm(cycle, settings.layout.reshuffle_every)
+    sizes = _part_sizes(settings.model, layout, outer.fragments)
+    rounds = [
+        # Begun late enough for every moment to have been averaged once.
+        _round_bytes(
+            settings,
+            sizes,
+            server_round,
+            [moving and begins_period(settings.layout, server_round)] * layout.num_workers,
+        )
+        for server_round in range(cycle + 1, 2 * cycle + 1)
+    ]
+    up, down = (
+        [round(sum(counts) / cycle) for counts in zip(*columns, strict=True)]
+        for columns in (
+            [r.up_per_worker for r in rounds],
+            [r.down_per_worker for r in rounds],
+        )
+    )
+    return RoundBytes(up, down)
+
+
+def predict_round(
+    settings: Settings, layout: Layout, server_round: int, previous: Layout | None = None
+) -> RoundBytes:
+    """Predict exactly the payload bytes of a round; rounds count from 1.
+
+    It and all rounds before must be without failures. `previous` is the layout of the round before;
+    left out, it is the same. A worker that holds other experts than before gets its whole slice,
+    whatever the fragment. Moments go up at the end of their round and come back, averaged, at the
+    beginning of the next.
+    """
+    before = previous or layout
+    moved = [
+        before.of_worker(worker) != layout.of_worker(worker) for worker in range(layout.num_workers)
+    ]
+    sizes = _part_sizes(settings.model, layout, settings.outer.fragments)
+    return _round_bytes(settings, sizes, server_round, moved)
+
+
+def element_bytes(key: str, name: str) -> int:
+    """Return the bytes of one element in an encoding; `key` is the setting that names it."""
+    if name not in ELEMENT_BYTES:
+        raise SettingsError(
+            f"{key}={name} has no cost model: it is not one of {', '.join(ELEMENT_BYTES)}"
+        )
+    return ELEMENT_BYTES[name]
+
+
+@dataclass(frozen=True)
+class _PartSize:
+    """Elements that one worker holds of one fragment."""
+
+    parameters: int = 0
+    buffers: int = 0
+
+    def elements(self, num_moments: int) -> int:
+        """Count weights with this many moments; buffers travel, but have no moments."""
+        return self.parameters * (1 + num_moments) + self.buffers
+
+
+def _part_sizes(
+    model: ModelSettings, layout: Layout, num_fragments: int
+) -> list[tuple[_PartSize, ...]]:
+    """Count, for every worker, what it holds of each fragment."""
+    resident_counts(model, layout)  # refuses a layout of another model
+    kinds = (parameter_shapes(model), buffer_shapes(model))
+    sizes = []
+    for worker in range(layout.num_workers):
+        residents = layout.of_worker(worker)
+        counts = [[0, 0] for _ in range(num_fragments)]
+        for kind, shapes in enumerate(kinds):
+            for key, shape in shapes.items():
+                is_cut = is_expert_key(key, model.routing_mode)
+                rows = len(residents[layer_of(key)]) if is_cut else shape[0]
+                for fragment, count in enumerate(counts):
+                    start, stop = fragment_rows(key, rows, fragment, num_fragments)
+                    count[kind] += (stop - start) * math.prod(shape[1:])
+        sizes.append(tuple(_PartSize(*count) for count in counts))
+    return sizes
+
+
+def _round_bytes(
+    settings: Settings,
+    sizes: Sequence[tuple[_PartSize, ...]],
+    server_round: int,
+    moved: Sequence[bool],
+) -> RoundBytes:
+    outer = settings.outer
+    up_bytes = element_bytes("wire.up", settings.wire.up)
+    down_bytes = element_bytes("wire.down", settings.wire.down)
+    fragment = fragment_of_round(outer, server_round)
+    sent = len(moments_of_round(outer, server_round))
+    up = [parts[fragment].elements(sent) * up_bytes for parts in sizes]
+    averaged = moments_of_round(outer, server_round - 1) if server_round > 1 else ()
+    # A whole slice takes a moment along only once all fragments of it have been averaged.
+    whole_moments = sum(_is_complete(outer, name, server_round - 1) for name in averaged)
+    down = []
+    for parts, has_moved in zip(sizes, moved, strict=True):
+        if server_round == 1 or has_moved or outer.fragments == 1:
+            elements = sum(part.elements(whole_moments) for part in parts)
+        else:
+            lacking = fragment_of_round(outer, server_round - 1)
+            elements = parts[lacking].elements(len(averaged))
+        down.append(elements * down_bytes)
+    return RoundBytes(up, down)
+
+
+def _is_complete(outer: OuterSettings, moment: str, last_round: int) -> bool:
+    """Tell whether all fragments of a moment have been averaged by the end of a round."""
+    return all(
+        any(
+            moment in moments_of_round(outer, server_round)
+            for server_round in range(fragment + 1, last_round + 1, outer.fragments)
+        )
+        for fragment in range(outer.fragments)
+    )
+
+
+def _moves(settings: Settings) -> bool:
+    """Tell whether workers' residents change in the course of a run."""
+    layout = settings.layout
+    return layout.kind in ("random", "rolling", "balanced") and layout.overlap < layout.num_workers
