@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fomoe_flwr.completep import Multipliers, multipliers
 from fomoe_flwr.config import BalanceSettings, LocalSettings
 from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.inner_state import InnerState
+from fomoe_flwr.model.cuda_graph import GraphedPass
+from fomoe_flwr.model.execution import Execution
+from fomoe_flwr.model.head_loss import head_loss
 from fomoe_flwr.model.router_probe import RouterProbe, RoutingCounts
+
+PLAIN = Execution()
+"""Nothing compiled, captured or cut up."""
 
 
 class TrainingError(RunError):
@@ -103,15 +110,27 @@ def _multipliers(model: nn.Module, name: str) -> Multipliers:
     return multipliers(name, config.width_multiplier, config.depth_multiplier, config.depth_alpha)
 
 
-def token_loss(model: nn.Module, windows: Tensor, precision: str = "float32") -> Tensor:
-    """Return the mean cross entropy (nats per token) of [B, S + 1] windows."""
+def token_loss(
+    model: PreTrainedModel, windows: Tensor, precision: str = "float32", chunked: bool = False
+) -> Tensor:
+    """Return the mean cross entropy (nats per token) of [B, S + 1] windows.
+
+    With `chunked` the logits of all tokens never exist at once; see `model.head_loss`.
+    """
+    ids, targets = windows[:, :-1], windows[:, 1:].flatten()
     with torch.autocast(windows.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+        if not chunked:
+            logits = model(input_ids=ids, use_cache=False).logits
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head: Any = model.get_output_embeddings()
+        # The paper's class divides its logits by the width's multiplier.
+        multiplier = getattr(model, "multiplier", 1.0)
+        return head_loss(hidden.flatten(0, 1), head.weight, targets, multiplier)
 
 
 def train(
-    model: nn.Module,
+    model: PreTrainedModel,
     probe: RouterProbe,
     optimizer: torch.optim.Optimizer,
     inner: InnerState,
@@ -122,38 +141,48 @@ def train(
     first_step: int,
     total_steps: int,
     device: torch.device,
+    execution: Execution = PLAIN,
 ) -> LocalReport:
     """Take `settings.steps` optimizer steps, starting at step `first_step` of the run.
 
-    Raises TrainingError when the loss is no longer finite: a worker that diverged must not send
-    its weights.
+    `execution` must be the one that the model was prepared with. Raises TrainingError when the loss
+    is no longer finite: a worker that diverged must not send its weights.
     """
+
+    def run_pass(windows: Tensor) -> tuple[Tensor, Tensor]:
+        loss = token_loss(model, windows, settings.precision, execution.chunked_loss)
+        routers = probe.losses()
+        extra = balance.loss * routers.balance + balance.z_loss * routers.z
+        ((loss + extra) / settings.accumulate).backward()
+        return loss.detach(), routers.balance.detach().to(device)
+
     model.train()
     started = time.perf_counter()
     losses, norms, balances, tokens = [], [], [], 0
     rate = settings.lr
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    graph: GraphedPass | None = None
     for offset in range(settings.steps):
         rate = learning_rate(settings, first_step + offset, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
-        optimizer.zero_grad(set_to_none=True)
+        if graph is None:
+            optimizer.zero_grad(set_to_none=True)
+        else:
+            graph.zero_grad()
         step_loss = torch.zeros((), device=device)
         step_balance = torch.zeros((), device=device)
         for windows in _micro_batches(batches, settings.accumulate, device):
-            loss = token_loss(model, windows, settings.precision)
-            routers = probe.losses()
-            extra = balance.loss * routers.balance + balance.z_loss * routers.z
-            ((loss + extra) / settings.accumulate).backward()
-            step_loss += loss.detach() / settings.accumulate
-            step_balance += routers.balance.detach() / settings.accumulate
+            if execution.cuda_graph and graph is None:
+                graph = GraphedPass(run_pass, windows, parameters, probe.forget)
+            loss, balanced = (graph or run_pass)(windows)
+            step_loss += loss / settings.accumulate
+            step_balance += balanced / settings.accumulate
             tokens += windows[:, 1:].numel()
-        norm = nn.utils.clip_grad_norm_(
-            model.parameters(), settings.grad_clip if settings.grad_clip > 0 else math.inf
-        )
+        norms.append(_clip(parameters, optimizer, settings.grad_clip))
         inner.step(optimizer, rate)
         probe.move_biases(balance.bias_rate)
         losses.append(step_loss)
-        norms.append(norm.detach())
         balances.append(step_balance)
     # One host sync a round, not one a step.
     mean_loss = float(torch.stack(losses).mean())
@@ -176,6 +205,27 @@ def train(
     )
 
 
+def _clip(
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, limit: float
+) -> Tensor:
+    """Return the norm of all gradients, and have the step's gradients shortened to `limit`.
+
+    A fused optimizer divides by `grad_scale` while it reads the gradients: that saves a pass over
+    them. A limit of 0 is none.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if limit > 0 and isinstance(optimizer, torch.optim.AdamW):
+        optimizer.grad_scale = ((norm.float() + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
+    elif limit > 0:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.detach().float()
+
+
 def _micro_batches(batches: Batches, count: int, device: torch.device) -> Iterator[Tensor]:
     for _ in range(count):
-        yield batches.next_batch().to(device, non_blocking=True)
+        windows = batches.next_batch()
+        if device.type == "cuda":
+            # From pageable memory the copy would make the host wait for the GPU.
+            windows = windows.pin_memory()
+        yield windows.to(device, non_blocking=True)

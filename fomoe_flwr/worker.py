@@ -18,6 +18,7 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.inner_state import InnerState, stored_weights
+from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.router_probe import RouterProbe, chosen_experts
@@ -86,6 +87,8 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
         config = transformers_config(settings.model, settings.data.sequence_length)
         model = build_model(settings.model, config, task.residents, device=device, empty=True)
         load_state(model, current)
+        execution = Execution.choose(settings.execution, device, settings.model.vocab_size)
+        execution.prepare(model)
         optimizer = make_optimizer(model, local)
         inner = InnerState(model, local, settings.model.routing_mode, task.residents)
         first_step = (task.server_round - 1) * local.steps
@@ -97,7 +100,11 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
         if inner.cursor:
             batches.restore(inner.cursor)
         probe = RouterProbe(
-            model, settings.model.num_experts, task.residents, pooled_share=task.pooled_share
+            model,
+            settings.model.num_experts,
+            task.residents,
+            pooled_share=task.pooled_share,
+            compiled=execution.compiled,
         )
         report = train(
             model,
@@ -110,6 +117,7 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
             first_step=first_step,
             total_steps=settings.rounds * local.steps,
             device=device,
+            execution=execution,
         )
         probe.close()
         choices = None

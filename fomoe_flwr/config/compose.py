@@ -29,6 +29,7 @@ RESUMABLE_KEYS = (
     "checkpoint",
     "federation",
     "eval",
+    "execution",
     "local.device",
     "local.threads",
 )

@@ -126,12 +126,30 @@ class LocalSettings:
     eps: float = _number(1e-8, above=0)
     weight_decay: float = _number(0.0, at_least=0)
     grad_clip: float = _number(1.0, at_least=0)
-    precision: str = _choice("float32", "float32", "bfloat16")
-    """bfloat16: autocast over fp32 master weights, on a GPU."""
+    precision: str = _choice("float32", "float32", "bfloat16", "bfloat16_parameters")
+    """bfloat16: autocast over fp32 master weights; bfloat16_parameters: no masters, moments in
+    bfloat16 too, half the memory. Both are meant for a GPU."""
     fresh_expert_warmup_steps: int = _number(8, at_least=0)
     keep_inner_state: bool = True
     device: str = _choice("auto", "auto", "cpu", "cuda")
     threads: int = _number(0, at_least=0)
+
+
+@dataclass
+class ExecutionSettings:
+    """How a worker computes its steps; what it computes does not depend on it, up to rounding."""
+
+    experts: str = _choice("auto", "auto", "autograd", "fused", "static")
+    """Core of the experts: `fused` has a backward pass of its own, `static` never waits for the
+    device. auto: fused, and static under a CUDA graph."""
+    loss: str = _choice("auto", "auto", "whole", "chunked")
+    """chunked: never all logits at once. auto: chunked on a GPU, and for large vocabularies."""
+    compile: str = _choice("auto", "auto", "on", "off")
+    """Compile attention, norms and router losses. auto: on a GPU."""
+    cuda_graph: bool = False
+    """Capture a step's passes once a round and replay them: for models too small for their GPU."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of layers, and run layers again in the backward pass."""
 
 
 @dataclass
@@ -222,6 +240,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     layout: LayoutSettings = field(default_factory=LayoutSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
     balance: BalanceSettings = field(default_factory=BalanceSettings)
     outer: OuterSettings = field(default_factory=OuterSettings)
     wire: WireSettings = field(default_factory=WireSettings)

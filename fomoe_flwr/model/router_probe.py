@@ -6,8 +6,9 @@ L layers, B windows, S tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,35 +55,39 @@ class RouterLosses:
     """Mean squared logsumexp of the logits."""
 
 
-@dataclass
 class RouterProbe:
     """Listens to every router of a model.
 
     Between `model(...)` and `backward()`, `losses()` gives the losses of that forward pass;
-    `counts` grow until they are read.
+    `counts` grow until they are read. Nothing here makes the host wait for a GPU before that.
+
+    `pooled_share`, [num_layers, num_experts] shares of assignments, takes the place of the
+    micro-batch's own; with `compiled` the losses run as one fused kernel.
     """
 
-    model: nn.Module
-    num_experts: int
-    residents: Residents | None = None
-    pooled_share: Tensor | None = None
-    """[num_layers, num_experts] shares of assignments to use in place of the micro-batch's own."""
-    counts: RoutingCounts = field(init=False)
-    _pending: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
-    _step_load: dict[int, Tensor] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        blocks = list(moe_blocks(self.model))
-        num_layers = 1 + max((layer for layer, _ in blocks), default=-1)
-        self.counts = RoutingCounts(
-            load=torch.zeros(num_layers, self.num_experts, dtype=torch.long),
-            ghosts=torch.zeros(num_layers, dtype=torch.long),
-            all_ghost=torch.zeros(num_layers, dtype=torch.long),
-        )
-        self._first_layer = blocks[0][0] if blocks else -1
-        self._handles = [
-            block.gate.register_forward_hook(self._listener(layer, block))
-            for layer, block in blocks
+    def __init__(
+        self,
+        model: nn.Module,
+        num_experts: int,
+        residents: Residents | None = None,
+        pooled_share: Tensor | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.num_experts = num_experts
+        self._losses = _compiled_losses() if compiled else _router_losses
+        self._layers = {
+            layer: _Listener(block, num_experts, None if residents is None else residents[layer])
+            for layer, block in moe_blocks(model)
+        }
+        if pooled_share is not None:
+            for layer, listener in self._layers.items():
+                listener.pool(pooled_share[layer])
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        # Activation checkpointing runs layers again in backward: that is not another forward pass.
+        self._is_forward = True
+        self._handles = [model.register_forward_pre_hook(self._begin)] + [
+            listener.block.gate.register_forward_hook(self._hook(model, listener))
+            for listener in self._layers.values()
         ]
 
     def close(self) -> None:
@@ -90,9 +95,32 @@ class RouterProbe:
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def counts(self) -> RoutingCounts:
+        """What was counted so far; waits for the device."""
+        num_layers = 1 + max(self._layers, default=-1)
+        counts = RoutingCounts(
+            load=torch.zeros(num_layers, self.num_experts, dtype=torch.long),
+            ghosts=torch.zeros(num_layers, dtype=torch.long),
+            all_ghost=torch.zeros(num_layers, dtype=torch.long),
+            tokens=next((listener.tokens() for listener in self._layers.values()), 0),
+        )
+        for layer, listener in self._layers.items():
+            counts.load[layer, listener.scored] = (listener.load_E + listener.step_load_E).cpu()
+            counts.ghosts[layer] = counts.load[layer, listener.ghosts()].sum()
+            counts.all_ghost[layer] = listener.all_ghost.cpu()
+        return counts
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        for listener in self._layers.values():
+            for count in (listener.load_E, listener.step_load_E, listener.all_ghost):
+                count.zero_()
+
     def losses(self) -> RouterLosses:
         """Return the routers' losses since the last call, means over layers."""
         pending, self._pending = self._pending, []
+        self._is_forward = False
         if not pending:
             return RouterLosses(torch.zeros(()), torch.zeros(()))
         balance, z = (torch.stack(column).mean() for column in zip(*pending, strict=True))
@@ -103,49 +131,111 @@ class RouterProbe:
 
         An expert with less than the mean load since the last call gets more, one above it less.
         """
-        loads, self._step_load = self._step_load, {}
-        if not rate:
-            return
-        for layer, block in moe_blocks(self.model):
-            load = loads[layer].float()
-            with torch.no_grad():
-                block.gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+        for listener in self._layers.values():
+            if rate:
+                load_E = listener.step_load_E.float()
+                with torch.no_grad():
+                    bias_E = listener.block.gate.e_score_correction_bias
+                    bias_E += rate * torch.sign(load_E.mean() - load_E)
+            listener.load_E += listener.step_load_E
+            listener.step_load_E.zero_()
 
-    def _listener(self, layer: int, block: Any) -> Callable[..., None]:
-        slots = getattr(block.experts, "slot_of_expert", None)
-        held = torch.arange(self.num_experts)
-        if self.residents is not None and slots is None:
-            # `partitioned`: the router counts slots; write them down under their global ids.
-            held = torch.tensor(self.residents[layer], dtype=torch.long)
-        pooled = None if self.pooled_share is None else self.pooled_share[layer, held]
-        if pooled is not None and not pooled.any():
-            # Nobody who holds these experts was heard of in the round before.
-            pooled = None
+    def _begin(self, *_: object) -> None:
+        self._is_forward = True
 
+    def _hook(self, model: nn.Module, listener: _Listener) -> Callable[..., None]:
         def listen(_module: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
             logits_TE, chosen_TK = output[0], output[-1]
-            if not self.model.training:
+            if not model.training:
                 return
-            load_E = torch.bincount(chosen_TK.reshape(-1), minlength=logits_TE.shape[-1])
-            self._step_load[layer] = load_E + self._step_load.get(layer, 0)
+            load_E = _load(chosen_TK, logits_TE.shape[-1])
+            if self._is_forward:
+                listener.count(chosen_TK, load_E)
             if torch.is_grad_enabled():
-                probability_E = _probabilities(block.gate, logits_TE).mean(0)
-                if pooled is None:
+                share_E = listener.pooled_E
+                if share_E is None:
                     share_E = load_E.float() / chosen_TK.numel()
-                else:
-                    share_E = (pooled / pooled.sum()).to(probability_E)
-                balance = logits_TE.shape[-1] * (share_E * probability_E).sum()
-                z = logits_TE.float().logsumexp(-1).square().mean()
-                self._pending.append((balance, z))
-            self.counts.load[layer, held] += load_E.cpu()
-            if slots is not None:
-                ghost_TK = slots[chosen_TK] == block.experts.num_experts
-                self.counts.ghosts[layer] += int(ghost_TK.sum())
-                self.counts.all_ghost[layer] += int(ghost_TK.all(-1).sum())
-            if layer == self._first_layer:
-                self.counts.tokens += len(chosen_TK)
+                losses = self._losses(logits_TE, share_E.to(logits_TE.device), listener.is_sigmoid)
+                # A repeated layer must do the same work, or what it saves would not match.
+                if self._is_forward:
+                    self._pending.append(losses)
 
         return listen
+
+
+class _Listener:
+    """What one router did: counters on its own device."""
+
+    def __init__(self, block: Any, num_experts: int, residents: Sequence[int] | None) -> None:
+        self.block = block
+        self.is_sigmoid = getattr(block.gate, "score_function", "softmax") == "sigmoid"
+        self.slots: Tensor | None = getattr(block.experts, "slot_of_expert", None)
+        self.scored = list(range(num_experts))
+        if residents is not None and self.slots is None:
+            # `partitioned`: the router counts slots; write them down under their global ids.
+            self.scored = list(residents)
+        self.pooled_E: Tensor | None = None
+        self.top_k = 0
+        self.load_E = torch.zeros(len(self.scored), dtype=torch.long)
+        self.step_load_E = torch.zeros_like(self.load_E)
+        self.all_ghost = torch.zeros((), dtype=torch.long)
+
+    def pool(self, share_E: Tensor) -> None:
+        """Take the shares of all workers in the round before."""
+        held_E = share_E[self.scored]
+        if held_E.any():  # else nobody who holds these experts was heard of
+            self.pooled_E = (held_E / held_E.sum()).float()
+
+    def count(self, chosen_TK: Tensor, load_E: Tensor) -> None:
+        """Add one forward pass."""
+        if self.load_E.device != load_E.device:
+            device = load_E.device
+            self.load_E, self.step_load_E = self.load_E.to(device), self.step_load_E.to(device)
+            self.all_ghost = self.all_ghost.to(device)
+            self.pooled_E = None if self.pooled_E is None else self.pooled_E.to(device)
+        self.top_k = chosen_TK.shape[-1]
+        self.step_load_E += load_E
+        if self.slots is not None:
+            is_ghost_TK = self.slots[chosen_TK] == self.block.experts.num_experts
+            self.all_ghost += is_ghost_TK.all(-1).sum()
+
+    def ghosts(self) -> Tensor:
+        """Return the ids of experts that the router scores and the worker lacks."""
+        if self.slots is None:
+            return torch.empty(0, dtype=torch.long)
+        return (self.slots == self.block.experts.num_experts).nonzero().flatten().cpu()
+
+    def tokens(self) -> int:
+        """Return how many tokens were routed."""
+        return int((self.load_E + self.step_load_E).sum()) // max(1, self.top_k)
+
+
+def _load(chosen_TK: Tensor, num_experts: int) -> Tensor:
+    if chosen_TK.is_cuda:
+        # bincount would make the host wait. Bins of width one: exact.
+        flat = chosen_TK.reshape(-1).float()
+        return torch.histc(flat, bins=num_experts, min=0, max=num_experts).long()
+    return torch.bincount(chosen_TK.reshape(-1), minlength=num_experts)
+
+
+def _router_losses(logits_TE: Tensor, share_E: Tensor, is_sigmoid: bool) -> tuple[Tensor, Tensor]:
+    """Return the balance loss and the z-loss of one router."""
+    logits_TE = logits_TE.float()
+    if is_sigmoid:
+        score_TE = logits_TE.sigmoid()
+        probability_TE = score_TE / score_TE.sum(-1, keepdim=True)
+    else:
+        probability_TE = torch.softmax(logits_TE, -1)
+    balance = logits_TE.shape[-1] * (share_E * probability_TE.mean(0)).sum()
+    return balance, logits_TE.logsumexp(-1).square().mean()
+
+
+@cache
+def _compiled_losses() -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
+    compiled: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]] = torch.compile(
+        _router_losses, dynamic=False
+    )
+    return compiled
 
 
 def chosen_experts(
@@ -193,13 +283,6 @@ def chosen_experts(
         for handle in handles:
             handle.remove()
     return torch.stack([torch.cat(seen[layer]) for layer in sorted(seen)])
-
-
-def _probabilities(gate: nn.Module, logits_TE: Tensor) -> Tensor:
-    if getattr(gate, "score_function", "softmax") == "sigmoid":
-        score_TE = logits_TE.float().sigmoid()
-        return score_TE / score_TE.sum(-1, keepdim=True)
-    return torch.softmax(logits_TE.float(), -1)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -253,8 +253,8 @@ def test_with_everything_resident_both_modes_are_the_stock_model(
     expected = stock(shape)
     for routing in MODES:
         ours = built(replace(shape, routing=routing), residents, seed=3)
-        torch.testing.assert_close(logits(ours), logits(expected), rtol=0, atol=1e-6)
-        assert_close(gradients(ours), gradients(expected), atol=1e-6)
+        torch.testing.assert_close(logits(ours), logits(expected), rtol=0, atol=4e-6)
+        assert_close(gradients(ours), gradients(expected), atol=4e-6)
 
 
 @pytest.mark.parametrize("residents", [None, LAYOUT.of_worker(0)], ids=["full", "partial"])

@@ -1,0 +1,63 @@
+"""Execution: how a model computes its steps on a device. What it computes stays the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fomoe_flwr.config import ExecutionSettings
+from fomoe_flwr.model.experts import set_core
+from fomoe_flwr.model.residency import moe_blocks
+
+LARGE_VOCABULARY = 16_384
+"""Entries from which on a CPU gains from never holding all logits."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The settings with every `auto` resolved."""
+
+    experts: str = "auto"
+    chunked_loss: bool = False
+    compiled: bool = False
+    cuda_graph: bool = False
+    checkpoint_activations: bool = False
+
+    @classmethod
+    def choose(
+        cls, settings: ExecutionSettings, device: torch.device, vocab_size: int
+    ) -> Execution:
+        """Resolve `auto` by device and vocabulary; without a GPU there is no CUDA graph."""
+        on_gpu = device.type == "cuda"
+        graph = settings.cuda_graph and on_gpu
+        return cls(
+            experts="static" if graph and settings.experts == "auto" else settings.experts,
+            chunked_loss=settings.loss == "chunked"
+            or (settings.loss == "auto" and (on_gpu or vocab_size >= LARGE_VOCABULARY)),
+            compiled=settings.compile == "on" or (settings.compile == "auto" and on_gpu),
+            cuda_graph=graph,
+            checkpoint_activations=settings.checkpoint_activations,
+        )
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Set a model up: the experts' core, compiled parts, activation checkpointing."""
+        set_core(model, self.experts)
+        if self.compiled:
+            for module in _dense_parts(model):
+                module.compile(dynamic=False)
+        if self.checkpoint_activations:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _dense_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """List attention and norms: what has the same shapes in every step, whatever the data."""
+    routed = {id(part) for _, block in moe_blocks(model) for part in block.modules()}
+    return [
+        child
+        for layer in model.base_model.layers  # type: ignore[union-attr]
+        for name, child in layer.named_children()
+        if id(child) not in routed and ("attn" in name or "norm" in name)
+    ]
