@@ -13,18 +13,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fomoe_flwr.config import Settings
 from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.inner_state import InnerState, stored_weights
 from fomoe_flwr.model.execution import Execution
-from fomoe_flwr.model.families import transformers_config
-from fomoe_flwr.model.residency import Residents, build_model
+from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.router_probe import RouterProbe, chosen_experts
-from fomoe_flwr.model.state import StateSpec, load_state, overlay, state_of
+from fomoe_flwr.model.state import State, StateSpec, load_state, overlay, state_of
 from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
 from fomoe_flwr.training import LocalReport, make_optimizer, train
+from fomoe_flwr.worker_cache import CACHE
 
 Vectors = tuple[Tensor, Tensor]
 """Flat fp32 vectors of the shared parameters and of the resident experts."""
@@ -81,80 +82,127 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
     """
     settings, local = task.settings, task.settings.local
     device = pick_device(local.device)
-    stored = _newest_before(task.state_dir, task.server_round)
     received, current = _starting_weights(task)
-    with _threads(local.threads):
-        config = transformers_config(settings.model, settings.data.sequence_length)
-        model = build_model(settings.model, config, task.residents, device=device, empty=True)
+    with _threads(local.threads), CACHE.model(settings, task.residents, device) as model:
         load_state(model, current)
-        execution = Execution.choose(settings.execution, device, settings.model.vocab_size)
-        execution.prepare(model)
+        del current
         optimizer = make_optimizer(model, local)
-        inner = InnerState(model, local, settings.model.routing_mode, task.residents)
-        first_step = (task.server_round - 1) * local.steps
-        batches = open_batches(first_step * local.accumulate)
-        if stored:
-            inner.restore(optimizer, stored)
-        if task.moments:
-            _adopt_moments(task, inner, optimizer, first_step)
-        if inner.cursor:
-            batches.restore(inner.cursor)
-        probe = RouterProbe(
-            model,
-            settings.model.num_experts,
-            task.residents,
-            pooled_share=task.pooled_share,
-            compiled=execution.compiled,
-        )
-        report = train(
-            model,
-            probe,
-            optimizer,
-            inner,
-            batches,
-            local,
-            balance=settings.balance,
-            first_step=first_step,
-            total_steps=settings.rounds * local.steps,
-            device=device,
-            execution=execution,
-        )
-        probe.close()
-        choices = None
-        if task.probe is not None:
-            choices = chosen_experts(
-                model,
-                task.probe,
-                settings.model.num_experts,
-                settings.model.top_k,
-                task.residents,
-                local.batch_size,
-            )
+        inner, batches = _resume(task, model, optimizer, open_batches)
+        report = _train(task, model, optimizer, inner, batches)
+        choices = _choices(task, model)
         inner.cursor = batches.state()
         trained = state_of(model)
-        keep = {}
-        if settings.outer.fragments > 1:
-            keep = {f"received/{key}": value for key, value in received.items()}
-            keep |= {f"trained/{key}": value for key, value in trained.items()}
-        inner.save(optimizer, _state_file(task.state_dir, task.server_round), keep)
-        _forget(task.state_dir, {*task.keep_rounds, task.server_round, task.server_round - 1})
+        _save(task, inner, optimizer, received, trained)
         fragment = fragment_of_round(settings.outer, task.server_round)
         part = task.spec.fragment(fragment, settings.outer.fragments)
+        moments = {
+            name: _packed(part.parameters(), inner.moments(optimizer, name))
+            for name in moments_of_round(settings.outer, task.server_round)
+        }
+        # Two thirds of the training state, and from here on nobody asks for it.
+        optimizer.state.clear()
+        shared, experts = _difference(part, received, trained, task.residents)
         return RoundResult(
-            shared=part.pack_shared(received) - part.pack_shared(trained),
-            experts=part.pack_experts(received) - part.pack_experts(trained),
-            moments={
-                name: (
-                    part.parameters().pack_shared(inner.moments(optimizer, name)),
-                    part.parameters().pack_experts(inner.moments(optimizer, name)),
-                )
-                for name in moments_of_round(settings.outer, task.server_round)
-            },
+            shared=shared,
+            experts=experts,
+            moments=moments,
             report=report,
             inner_state_fresh=inner.is_fresh,
             num_fresh_experts=inner.num_fresh_experts,
             choices=choices,
         )
+
+
+def _resume(
+    task: RoundTask,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    open_batches: Callable[[int], Batches],
+) -> tuple[InnerState, Batches]:
+    """Take up optimizer and text where the worker's last round left them."""
+    local = task.settings.local
+    first_step = (task.server_round - 1) * local.steps
+    inner = InnerState(model, local, task.settings.model.routing_mode, task.residents)
+    batches = open_batches(first_step * local.accumulate)
+    if stored := _newest_before(task.state_dir, task.server_round):
+        inner.restore(optimizer, stored)
+    if task.moments:
+        _adopt_moments(task, inner, optimizer, first_step)
+    if inner.cursor:
+        batches.restore(inner.cursor)
+    return inner, batches
+
+
+def _train(
+    task: RoundTask,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    inner: InnerState,
+    batches: Batches,
+) -> LocalReport:
+    settings, local = task.settings, task.settings.local
+    device = pick_device(local.device)
+    execution = Execution.choose(settings.execution, device, settings.model.vocab_size)
+    probe = RouterProbe(
+        model,
+        settings.model.num_experts,
+        task.residents,
+        pooled_share=task.pooled_share,
+        compiled=execution.compiled,
+    )
+    report = train(
+        model,
+        probe,
+        optimizer,
+        inner,
+        batches,
+        local,
+        balance=settings.balance,
+        first_step=(task.server_round - 1) * local.steps,
+        total_steps=settings.rounds * local.steps,
+        device=device,
+        execution=execution,
+    )
+    probe.close()
+    return report
+
+
+def _choices(task: RoundTask, model: PreTrainedModel) -> Tensor | None:
+    if task.probe is None:
+        return None
+    shape, batch_size = task.settings.model, task.settings.local.batch_size
+    return chosen_experts(
+        model, task.probe, shape.num_experts, shape.top_k, task.residents, batch_size
+    )
+
+
+def _save(
+    task: RoundTask,
+    inner: InnerState,
+    optimizer: torch.optim.Optimizer,
+    received: State,
+    trained: State,
+) -> None:
+    """Write down what the worker's next round starts from; forget what none will ask for."""
+    keep: dict[str, Tensor] = {}
+    if task.settings.outer.fragments > 1:
+        keep = {f"received/{key}": value for key, value in received.items()}
+        keep |= {f"trained/{key}": value for key, value in trained.items()}
+    inner.save(optimizer, _state_file(task.state_dir, task.server_round), keep)
+    _forget(task.state_dir, {*task.keep_rounds, task.server_round, task.server_round - 1})
+
+
+def _packed(part: StateSpec, state: State) -> Vectors:
+    return part.pack_shared(state), part.pack_experts(state)
+
+
+def _difference(part: StateSpec, received: State, trained: State, residents: Residents) -> Vectors:
+    """Return received minus trained weights, without packing the trained ones too."""
+    shared, experts = _packed(part, received)
+    pieces = part.split_shared(shared) | part.split_experts(experts, residents)
+    for entry in (*part.shared, *part.expert):
+        pieces[entry.key] -= entry.of(trained).to("cpu", torch.float32)
+    return shared, experts
 
 
 def _starting_weights(task: RoundTask) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

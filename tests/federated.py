@@ -19,7 +19,7 @@ from flwr.app import Message, MessageType
 from torch import Tensor
 
 from fomoe_flwr import files
-from fomoe_flwr.config import Settings, check, load_settings, settings_from_dict
+from fomoe_flwr.config import Settings, check, load_settings
 from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import client, wire
 from fomoe_flwr.federation.apps import client_app
@@ -89,9 +89,6 @@ class Counting:
     def __init__(self, settings: Settings, worker: int, position: int = 0) -> None:
         self.settings, self.worker, self.position = settings, worker, position
 
-    def check(self) -> None:
-        """Find nothing wrong."""
-
     def batches(self, position: int) -> Counting:
         """Open at a batch."""
         return Counting(self.settings, self.worker, position)
@@ -115,28 +112,12 @@ class Counting:
         self.position = state["position"]
 
 
-_check_spec = client._check_spec
-
-
-@cache
-def _checked(text: str) -> Settings:
-    return settings_from_dict(json.loads(text))
-
-
 def use_made_up_data(patch: pytest.MonkeyPatch) -> None:
-    """Give all workers `Counting` text, and check a run's settings once instead of every time."""
-    specs: dict[str, StateSpec] = {}
-
-    def check_spec(settings: Settings, digest: str) -> StateSpec:
-        if digest not in specs:
-            specs[digest] = _check_spec(settings, digest)
-        return specs[digest]
-
-    patch.setattr(client, "_check_spec", check_spec)
+    """Give all workers `Counting` text."""
     # No power cut is expected here, and waiting for disks takes longer than training.
     patch.setattr(files, "_flush", lambda path: None)
     patch.setattr(client, "_node_data", lambda settings, worker, *_: Counting(settings, worker))
-    patch.setattr(client, "settings_from_dict", lambda fields: _checked(json.dumps(fields)))
+    patch.setattr(client.CACHE, "batches", lambda data, position: data.batches(position))
 
 
 def use_no_training(patch: pytest.MonkeyPatch) -> None:

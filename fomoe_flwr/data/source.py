@@ -24,6 +24,8 @@ from fomoe_flwr.data.tokenizer import (
 from fomoe_flwr.data.tokens import TokenBlocks, cached_blocks, pack
 from fomoe_flwr.files import save_text
 
+NodeText = tuple[TokenBlocks, list[np.ndarray]]
+"""Tokenised text, and for every part of it the indices of its blocks."""
 STREAM_HOLDOUT_DOCUMENTS = 1000
 """Held-out documents that an evaluation on a stream reads."""
 STREAM_TOKENIZER_DOCUMENTS = 20_000
@@ -95,31 +97,30 @@ class NodeData:
     num_parts: int
     tokenizer_json: str
 
-    def batches(self, position: int) -> Batches:
+    def batches(self, position: int, text: NodeText | None = None) -> Batches:
         """Open the worker's batches at batch `position` of the run.
 
-        A stream cannot be entered in the middle; it begins at its start and goes on by cursor.
+        `text` is what `read` gave before, to save the reading. A stream cannot be entered in the
+        middle; it begins at its start and goes on by cursor.
         """
         if self.data.dataset:
             stream = open_stream(self.data, self.part, self.num_parts)
             tokenizer = tokenizer_from_json(self.tokenizer_json)
             return StreamBatches(stream, tokenizer, self.data, self.local.batch_size)
+        blocks, parts = text or self.read()
         batches = BlockBatches(
-            *self._blocks(), self.local.batch_size, seed=self.seed, worker=self.worker
+            blocks, parts[self.part], self.local.batch_size, seed=self.seed, worker=self.worker
         )
         batches.restore({"position": position})
         return batches
 
-    def check(self) -> None:
-        """Tokenise the text and see that it fills a batch. Raises DataError."""
-        self.batches(0)
-
-    def _blocks(self) -> tuple[TokenBlocks, np.ndarray]:
+    def read(self) -> NodeText:
+        """Return the tokenised text and the parts of all its readers; not for a stream."""
         blocks = cached_blocks(self.data, "train", self.tokenizer_json, cache_dir() / "tokens")
         if self.num_parts == 1:
-            return blocks, np.arange(blocks.num_blocks)
+            return blocks, [np.arange(blocks.num_blocks)]
         parts = partition_blocks(blocks.domain_ids, self.num_parts, self.data.partition, self.seed)
-        return blocks, parts[self.part]
+        return blocks, parts
 
 
 def _trained_tokenizer(data: DataSettings, vocab_size: int) -> PreTrainedTokenizerFast:

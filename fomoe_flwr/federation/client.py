@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,16 @@ import torch
 from flwr.app import Context, RecordDict
 
 from fomoe_flwr import __version__
-from fomoe_flwr.config import DataSettings, Settings, settings_from_dict
+from fomoe_flwr.config import DataSettings, Settings
 from fomoe_flwr.data.cache import cache_dir
 from fomoe_flwr.data.source import NodeData
 from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.wire import TaskHeader, WireError
 from fomoe_flwr.files import save_text
-from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.worker import RoundResult, RoundTask, run_round
+from fomoe_flwr.worker_cache import CACHE
 
 
 def answer_query(content: RecordDict, context: Context) -> RecordDict:
@@ -31,7 +32,7 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
             f"the server runs fomoe-flwr {setup.get('version')}, this node {__version__}: "
             "install the same version"
         )
-    settings = settings_from_dict(setup["settings"])
+    settings = CACHE.settings(setup["settings"])
     _check_spec(settings, str(setup.get("spec_digest")))
     text = str(setup["tokenizer"])
     path = _tokenizer_path(tokenizer_digest(text))
@@ -40,15 +41,14 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
         save_text(text, path)
     worker = int(context.node_config.get("partition-id", -1))
     if 0 <= worker < settings.layout.num_workers:
-        data = _node_data(settings, worker, text, context)
-        data.check()
+        CACHE.batches(_node_data(settings, worker, text, context), 0)
     return RecordDict({wire.SETUP: wire.json_record({"worker": worker})})
 
 
 def answer_task(content: RecordDict, context: Context) -> RecordDict:
     """Train one round and return the pseudo-gradient with its metrics."""
     header = TaskHeader.read(content)
-    settings = settings_from_dict(header.settings)
+    settings = CACHE.settings(header.settings)
     spec = _check_spec(settings, header.spec_digest)
     part = None if header.fragment < 0 else spec.fragment(header.fragment, settings.outer.fragments)
     carried = part or spec
@@ -85,7 +85,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
         probe=torch.tensor(header.probe) if header.probe else None,
     )
-    return _reply(header, settings, run_round(task, data.batches))
+    return _reply(header, settings, run_round(task, partial(CACHE.batches, data)))
 
 
 def _reply(header: TaskHeader, settings: Settings, result: RoundResult) -> RecordDict:
@@ -122,8 +122,7 @@ def _reply(header: TaskHeader, settings: Settings, result: RoundResult) -> Recor
 
 
 def _check_spec(settings: Settings, digest: str) -> StateSpec:
-    config = transformers_config(settings.model, settings.data.sequence_length)
-    spec = StateSpec.of(settings.model, config)
+    spec = CACHE.spec(settings)
     if spec.digest() != digest:
         raise WireError(
             f"this node builds model {settings.model.name} with state spec {spec.digest()}, the "

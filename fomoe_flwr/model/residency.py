@@ -57,7 +57,7 @@ def build_model(
             _initialise(built, empty)
     built.tie_weights()
     if residents is not None and torch.device(device).type != "meta":
-        _fill_slots(built, residents)
+        fill_slots(built, residents)
     return built
 
 
@@ -111,7 +111,11 @@ def _initialise(model: PreTrainedModel, empty: bool) -> None:
     model.initialize_weights()
 
 
-def _fill_slots(model: PreTrainedModel, residents: Residents) -> None:
+def fill_slots(model: PreTrainedModel, residents: Residents) -> None:
+    """Write down which expert lies in which slot, for residents of the same numbers per layer.
+
+    Nothing else in a model that was built for some residents depends on which they are.
+    """
     for layer, block in moe_blocks(model):
         slots = getattr(block.experts, "slot_of_expert", None)
         if slots is not None:

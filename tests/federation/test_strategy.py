@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from flwr.app import Error, Message, MessageType, RecordDict
 from torch import Tensor
 
 from fomoe_flwr import __version__, costs
-from fomoe_flwr.config import Settings, load_settings, settings_from_dict
+from fomoe_flwr.config import Settings, load_settings
 from fomoe_flwr.data.source import prepare_tokenizer
 from fomoe_flwr.data.tokenizer import tokenizer_digest, tokenizer_json
 from fomoe_flwr.federation import client, wire
@@ -83,15 +81,6 @@ def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         return RoundResult(shared, experts, {}, report, False, 0)
 
     monkeypatch.setattr(client, "run_round", instead)
-    # Half of the time of a round without training goes into checking the settings of messages.
-    monkeypatch.setattr(
-        client, "settings_from_dict", lambda fields: _checked_settings(json.dumps(fields))
-    )
-
-
-@cache
-def _checked_settings(text: str) -> Settings:
-    return settings_from_dict(json.loads(text))
 
 
 @dataclass
