@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     cost = commands.add_parser("costs", help="what a run would cost, without running it")
     cost.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     cost.add_argument("--json", action="store_true", help="one JSON object")
+    cost.add_argument("--explain", action="store_true", help="each formula, and the numbers put in")
     cost.set_defaults(run=_costs)
     score = commands.add_parser("evaluate", help="score a run's newest checkpoint")
     score.add_argument("folder", type=Path, metavar="RUN")
@@ -120,14 +121,11 @@ def _absolute(settings: Settings) -> Settings:
 def _costs(options: argparse.Namespace) -> int:
     from fomoe_flwr import costs
 
-    summary = costs.summary(load_settings(options.overrides))
+    sheet = costs.lines(load_settings(options.overrides))
     if options.json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps({line.key: line.value for line in sheet}, indent=2))
     else:
-        for key, value in summary.items():
-            print(
-                f"{key:<28}{value:>20,.4g}" if isinstance(value, float) else f"{key:<28}{value:>20}"
-            )
+        print(costs.show(sheet, explain=options.explain))
     return 0
 
 

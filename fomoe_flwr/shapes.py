@@ -6,7 +6,7 @@ The names are those of transformers. A test compares each family with the model 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fomoe_flwr.config import BIASED_FAMILIES, ModelSettings, SettingsError
 
@@ -62,6 +62,11 @@ def parameter_shapes(model: ModelSettings) -> Shapes:
     if not model.tie_embeddings:
         shapes["lm_head.weight"] = (model.vocab_size, model.hidden_size)
     return shapes
+
+
+def one_layer_shapes(model: ModelSettings) -> Shapes:
+    """Return the shapes outside the layers and those of one layer: all layers are alike."""
+    return parameter_shapes(replace(model, num_layers=1))
 
 
 def buffer_shapes(model: ModelSettings) -> Shapes:

@@ -23,6 +23,7 @@ from fomoe_flwr.config.compose import (
 from fomoe_flwr.config.schema import (
     BalanceSettings,
     CheckpointSettings,
+    CostSettings,
     DataSettings,
     EvalSettings,
     ExecutionSettings,
@@ -43,6 +44,7 @@ __all__ = [
     "SHARED_EXPERT_FAMILIES",
     "BalanceSettings",
     "CheckpointSettings",
+    "CostSettings",
     "DataSettings",
     "EvalSettings",
     "ExecutionSettings",

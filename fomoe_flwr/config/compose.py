@@ -28,6 +28,7 @@ RESUMABLE_KEYS = (
     "resume",
     "checkpoint",
     "federation",
+    "costs",
     "eval",
     "execution",
     "local.device",

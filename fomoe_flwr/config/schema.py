@@ -226,8 +226,35 @@ class FederationSettings:
 
 
 @dataclass
+class CostSettings:
+    """What the cost model assumes of the sites, all alike; no run depends on it."""
+
+    topology: str = _choice("star", "star", "ring")
+    """star: through a server, as Flower does; ring: all-reduce among the sites, as in the paper."""
+    tokens: float = _number(0.0, at_least=0)
+    """Token budget of the projected run; 0 means what `rounds` and `local` come to."""
+    site_teraflops: float = _number(100.0, above=0)
+    """Peak of all accelerators of a site together, in 10^12 FLOP/s."""
+    mfu: float = _number(0.4, above=0, at_most=1)
+    """Share of that peak that training reaches."""
+    up_mbps: float = _number(1000.0, above=0)
+    """A site's link to the others, in 10^6 bit/s."""
+    down_mbps: float = _number(1000.0, above=0)
+    server_mbps: float = _number(0.0, at_least=0)
+    """The server's link, each way; 0 means as fast as those of all sites together."""
+    latency_seconds: float = _number(0.05, at_least=0)
+    """From a site to the server, or to the next site of the ring."""
+    hidden_share: float = _number(0.0, at_least=0, at_most=1)
+    """Share of communication that runs beside computation (the paper's alpha)."""
+    resident_share: float = _number(0.0, at_least=0, at_most=1)
+    """Measured share of assignments that go to residents; 0 means at uniform routing."""
+    bytes_per_parameter: float = _number(0.0, at_least=0)
+    """Training state; 0 means that of `local.optimizer` (the paper counts 18)."""
+
+
+@dataclass
 class Settings:
-    """Everything a run depends on."""
+    """Everything a run depends on, and what its costs are reckoned with."""
 
     preset: str = "demo"
     experiment: str = "fomoe"
@@ -247,6 +274,7 @@ class Settings:
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
+    costs: CostSettings = field(default_factory=CostSettings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, ready for YAML or JSON."""

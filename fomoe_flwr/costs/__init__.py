@@ -4,11 +4,14 @@ Everything is a closed form over the settings and the layout: no torch, no model
 modules take all names from here.
 """
 
-from fomoe_flwr.costs.counts import (
-    ParameterCounts,
-    paper_counts,
-    parameter_counts,
-    resident_counts,
+from fomoe_flwr.costs.counts import ParameterCounts, parameter_counts, resident_counts
+from fomoe_flwr.costs.duration import (
+    RoundSeconds,
+    Site,
+    ring_seconds,
+    site_of,
+    star_seconds,
+    transfer_seconds,
 )
 from fomoe_flwr.costs.flops import (
     TRAINING_FACTOR,
@@ -17,31 +20,76 @@ from fomoe_flwr.costs.flops import (
     skip_speedup_limit,
     token_flops,
 )
-from fomoe_flwr.costs.memory import STATE_BYTES, expert_room, layout_context, memory_bytes
-from fomoe_flwr.costs.overview import summary
-from fomoe_flwr.costs.ring import ring_ratio_ddp, ring_ratio_full_replica, ring_round
-from fomoe_flwr.costs.traffic import ELEMENT_BYTES, RoundBytes, predict_bytes, predict_round
+from fomoe_flwr.costs.memory import (
+    STATE_BYTES,
+    ServerMemory,
+    expert_room,
+    layout_context,
+    memory_bytes,
+    server_memory,
+    state_bytes,
+)
+from fomoe_flwr.costs.overview import lines, summary
+from fomoe_flwr.costs.paper import paper_counts, paper_memory_bytes, paper_token_flops
+from fomoe_flwr.costs.sheet import Line, show
+from fomoe_flwr.costs.topology import (
+    ring_factor,
+    ring_ratio_ddp,
+    ring_ratio_full_replica,
+    ring_round,
+    star_ratio_full_replica,
+    star_round,
+)
+from fomoe_flwr.costs.traffic import (
+    ELEMENT_BYTES,
+    RoundBytes,
+    diloco_bytes,
+    full_replica_bytes,
+    predict_bytes,
+    predict_round,
+    ring_bytes,
+)
 
 __all__ = [
     "ELEMENT_BYTES",
     "STATE_BYTES",
     "TRAINING_FACTOR",
+    "Line",
     "ParameterCounts",
     "RoundBytes",
+    "RoundSeconds",
+    "ServerMemory",
+    "Site",
     "TokenFlops",
+    "diloco_bytes",
     "executed_experts",
     "expert_room",
+    "full_replica_bytes",
     "layout_context",
+    "lines",
     "memory_bytes",
     "paper_counts",
+    "paper_memory_bytes",
+    "paper_token_flops",
     "parameter_counts",
     "predict_bytes",
     "predict_round",
     "resident_counts",
+    "ring_bytes",
+    "ring_factor",
     "ring_ratio_ddp",
     "ring_ratio_full_replica",
     "ring_round",
+    "ring_seconds",
+    "server_memory",
+    "show",
+    "site_of",
     "skip_speedup_limit",
+    "star_ratio_full_replica",
+    "star_round",
+    "star_seconds",
+    "state_bytes",
     "summary",
     "token_flops",
+    "transfer_seconds",
 ]

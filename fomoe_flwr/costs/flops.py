@@ -9,7 +9,7 @@ from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.costs.counts import expert_weights
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.routing import RoutingMode, has_layer, is_router_key
-from fomoe_flwr.shapes import head_size, latent_sizes, parameter_shapes
+from fomoe_flwr.shapes import head_size, latent_sizes, one_layer_shapes
 
 TRAINING_FACTOR = 3
 """Training FLOPs over forward FLOPs: the backward pass has two products for each one."""
@@ -53,30 +53,36 @@ def token_flops(
     """
     hidden, layers = model.hidden_size, model.num_layers
     executed = model.top_k if executed_experts is None else executed_experts
-    shapes = parameter_shapes(model)
+    shapes = one_layer_shapes(model)
     attended = 2 * head_size(model)
     if model.family == "deepseek_v3":
         # Keys have a rotary part that values lack.
         attended += latent_sizes(model).rotary
     return TokenFlops(
-        projections=2 * sum(math.prod(s) for key, s in shapes.items() if _is_dense_matrix(key, s)),
+        projections=layers
+        * 2
+        * sum(math.prod(s) for key, s in shapes.items() if _is_dense_matrix(key, s)),
         scores=layers * sequence_length * model.num_heads * attended,
         router=layers * 2 * hidden * model.num_experts,
-        experts=executed * 2 * expert_weights(shapes) / model.num_experts,
+        experts=layers * executed * 2 * expert_weights(shapes) / model.num_experts,
         head=2 * hidden * model.vocab_size,
     )
 
 
-def executed_experts(model: ModelSettings, layout: Layout) -> float:
-    """Return how many experts run for a token, mean over workers and layers, at uniform routing.
+def executed_experts(model: ModelSettings, layout: Layout) -> list[float]:
+    """Return how many experts run for a token on each worker, mean over layers, at uniform routing.
 
     `skip_token`: the chosen experts that happen to be resident. `partitioned`: the worker chooses
     among its residents, so it runs `top_k` of them as long as it has that many.
     """
-    residents = [len(experts) for workers in layout.residents for experts in workers]
-    if model.routing_mode is RoutingMode.SKIP_TOKEN:
-        return model.top_k * sum(residents) / (len(residents) * model.num_experts)
-    return sum(min(model.top_k, held) for held in residents) / len(residents)
+    means = []
+    for worker in range(layout.num_workers):
+        held = [len(experts) for experts in layout.of_worker(worker)]
+        if model.routing_mode is RoutingMode.SKIP_TOKEN:
+            means.append(model.top_k * sum(held) / (len(held) * model.num_experts))
+        else:
+            means.append(sum(min(model.top_k, count) for count in held) / len(held))
+    return means
 
 
 def skip_speedup_limit(expert_share: float, resident_share: float) -> float:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fomoe_flwr.config import Settings, SettingsError
 from fomoe_flwr.costs.counts import parameter_counts
+from fomoe_flwr.costs.traffic import RoundBytes, num_buffers
 from fomoe_flwr.layout import LayoutContext
+from fomoe_flwr.synchronisation import MOMENTS
 
 STATE_BYTES = {"adamw": 16, "sgd": 8}
 """fp32 training state, bytes a parameter: weight and gradient, and for AdamW its two moments."""
@@ -24,6 +27,47 @@ def memory_bytes(num_parameters: int, optimizer: str) -> int:
             f"{', '.join(STATE_BYTES)}"
         )
     return num_parameters * STATE_BYTES[optimizer]
+
+
+def state_bytes(settings: Settings) -> float:
+    """Return the bytes of training state a parameter: `costs.bytes_per_parameter` or our own."""
+    return settings.costs.bytes_per_parameter or memory_bytes(1, settings.local.optimizer)
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """Bytes that the server holds at the end of a round, beside Flower and evaluation."""
+
+    state: int
+    """The global weights, fp32."""
+    outer_state: int
+    """Nesterov's velocity, or the averaged moments."""
+    means: int
+    """Running means of what workers return."""
+    tasks: int
+    """Messages that wait to be fetched, as if no two were alike."""
+    reply: int
+    """The largest reply: they are folded one by one."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.outer_state + self.means + self.tasks + self.reply
+
+
+def server_memory(settings: Settings, sent: RoundBytes) -> ServerMemory:
+    """Return what the server of a star holds, in bytes."""
+    outer, buffers = settings.outer, num_buffers(settings.model)
+    total = parameter_counts(settings.model).total
+    moments = len(MOMENTS) if outer.name in ("local_adamw", "des_loc") else 0
+    velocity = int(outer.name == "nesterov" and outer.momentum > 0)
+    return ServerMemory(
+        state=4 * (total + buffers),
+        outer_state=4 * (velocity * (total + buffers) + moments * total),
+        means=4 * math.ceil(((1 + moments) * total + buffers) / outer.fragments),
+        tasks=sent.down,
+        reply=max(sent.up_per_worker),
+    )
 
 
 def expert_room(settings: Settings, capacity_gib: Sequence[float]) -> tuple[int, ...]:

@@ -1,79 +1,287 @@
-"""Everything worth knowing about a run before it starts."""
+"""Everything worth knowing about a run before it starts, line by line."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from dataclasses import asdict
 
 from fomoe_flwr.config import Settings
-from fomoe_flwr.costs.counts import parameter_counts, resident_counts
-from fomoe_flwr.costs.flops import executed_experts, skip_speedup_limit, token_flops
-from fomoe_flwr.costs.memory import layout_context, memory_bytes
-from fomoe_flwr.costs.traffic import element_bytes, predict_bytes
-from fomoe_flwr.layout import Layout, draw_layout
-from fomoe_flwr.shapes import buffer_shapes
+from fomoe_flwr.costs.case import Case
+from fomoe_flwr.costs.flops import skip_speedup_limit
+from fomoe_flwr.costs.memory import server_memory, state_bytes
+from fomoe_flwr.costs.sheet import Line, Number, quotient
+from fomoe_flwr.costs.traffic import num_buffers, predict_bytes, state_factor
+from fomoe_flwr.costs.wall_clock import time_lines
 
 
-def summary(settings: Settings) -> dict[str, float | int | str]:
+def summary(settings: Settings) -> dict[str, Number | str]:
     """Return everything worth knowing before training, under the names that metrics use.
 
     Bytes are sums over all workers in one round, mean over a full cycle (`predict_bytes`).
     `ratio/full_replica` is what full replicas with the same outer step and fragments would send
-    over what this run sends; `ratio/ddp` what data-parallel training, with one synchronisation of
-    all gradients a step, would send. Warm rounds are left out. `.../worker...` is the largest
-    worker. Raises SettingsError if no layout can be drawn.
+    over what this run sends; `ratio/diloco` what DiLoCo and Photon would (full replicas, weights
+    only); `ratio/ddp` what data-parallel training, with one synchronisation of all gradients a
+    step, would send. Warm rounds are left out. `.../worker...` is the largest worker, a round's
+    time that of the site which ends last. Raises SettingsError if no layout can be drawn.
     """
-    model, local = settings.model, settings.local
-    layout = draw_layout(
-        settings.layout,
-        model.num_layers,
-        model.num_experts,
-        settings.seed,
-        1,
-        layout_context(settings),
-    )
-    counts = parameter_counts(model)
-    resident = max(resident_counts(model, layout))
-    sent = predict_bytes(settings, layout)
-    both_ways = element_bytes("wire.up", settings.wire.up) + element_bytes(
-        "wire.down", settings.wire.down
-    )
-    buffers = sum(math.prod(shape) for shape in buffer_shapes(model).values())
-    one_step = layout.num_workers * (counts.total + buffers) * both_ways
-    full = Layout.full(model.num_layers, model.num_experts, layout.num_workers)
-    replicas = predict_bytes(replace(settings, layout=replace(settings.layout, kind="fixed")), full)
-    full_replica = replicas.up + replicas.down
-    executed = executed_experts(model, layout)
-    flops = token_flops(model, settings.data.sequence_length)
-    worker_flops = token_flops(model, settings.data.sequence_length, executed)
-    step_tokens = (
-        layout.num_workers * local.batch_size * local.accumulate * settings.data.sequence_length
-    )
-    return {
-        "model/name": model.name,
-        "model/routing": model.routing,
-        "layout/digest": layout.digest(),
-        "layout/overlap_min": layout.overlaps[0],
-        "layout/overlap_max": layout.overlaps[1],
-        "params/total": counts.total,
-        "params/active": counts.active,
-        "params/shared": counts.shared,
-        "params/expert": counts.expert,
-        "params/router": counts.router,
-        "params/resident": resident,
-        "bytes/up_per_round": sent.up,
-        "bytes/down_per_round": sent.down,
-        "bytes/full_replica_per_round": full_replica,
-        "ratio/full_replica": full_replica / (sent.up + sent.down),
-        "ratio/ddp": one_step * local.steps / (sent.up + sent.down),
-        "memory/worker_bytes": memory_bytes(resident, local.optimizer),
-        "memory/full_replica_bytes": memory_bytes(counts.total, local.optimizer),
-        "flops/train_per_token": flops.train,
-        "flops/worker_train_per_token": worker_flops.train,
-        "flops/expert_share": flops.expert_share,
-        "skip/resident_share": executed / model.top_k,
-        "skip/speedup_limit": skip_speedup_limit(flops.expert_share, executed / model.top_k),
-        "batch/shared_tokens": step_tokens,
-        # All workers together run `executed` experts for every token, spread over all experts.
-        "batch/expert_tokens": step_tokens * executed / model.num_experts,
+    return {line.key: line.value for line in lines(settings)}
+
+
+def lines(settings: Settings) -> list[Line]:
+    """Return the cost sheet of a run; raise SettingsError if no layout can be drawn."""
+    case = Case(settings)
+    return [
+        *_identity(case),
+        *_parameters(case),
+        *_traffic(case),
+        *_memory(case),
+        *_flops(case),
+        *_batches(case),
+        *time_lines(case),
+    ]
+
+
+def _identity(case: Case) -> list[Line]:
+    fewest, most = case.layout.overlaps
+    return [
+        Line("model/name", case.settings.model.name),
+        Line("model/routing", case.settings.model.routing),
+        Line("layout/digest", case.layout.digest()),
+        Line("layout/overlap_min", fewest),
+        Line("layout/overlap_max", most),
+    ]
+
+
+def _parameters(case: Case) -> list[Line]:
+    model, counts = case.settings.model, case.counts
+    largest = max(range(case.layout.num_workers), key=lambda worker: case.resident[worker])
+    residents = sum(map(len, case.layout.of_worker(largest)))
+    expert_size = counts.per_expert_per_layer
+    weights = expert_size - (model.hidden_size if model.routing == "partitioned" else 0)
+    return [
+        Line(
+            "params/total",
+            counts.total,
+            "shared + expert",
+            {"shared": counts.shared, "expert": counts.expert},
+        ),
+        Line(
+            "params/active",
+            counts.active,
+            "total - layers * (experts - top_k) * expert_weights",
+            {
+                "total": counts.total,
+                "layers": model.num_layers,
+                "experts": model.num_experts,
+                "top_k": model.top_k,
+                "expert_weights": weights,
+            },
+        ),
+        Line("params/shared", counts.shared),
+        Line(
+            "params/expert",
+            counts.expert,
+            "layers * experts * one_expert",
+            {
+                "layers": model.num_layers,
+                "experts": model.num_experts,
+                "one_expert": expert_size,
+            },
+        ),
+        Line("params/router", counts.router),
+        Line(
+            "params/resident",
+            case.resident[largest],
+            "shared + residents * one_expert",
+            {"shared": counts.shared, "residents": residents, "one_expert": expert_size},
+        ),
+    ]
+
+
+def _traffic(case: Case) -> list[Line]:
+    settings, sent = case.settings, case.sent
+    both = sent.up + sent.down
+    full, diloco = (s.up + s.down for s in (case.full_replica, case.diloco))
+    steps, workers = settings.local.steps, case.layout.num_workers
+    return [
+        _bytes(case, "up"),
+        _bytes(case, "down"),
+        *(
+            Line(
+                f"bytes/{way}_per_{unit}",
+                getattr(sent, way) / number,
+                f"bytes_{way} / {unit}s",
+                {f"bytes_{way}": getattr(sent, way), f"{unit}s": number},
+                "B",
+            )
+            for unit, number in (("step", steps), ("token", case.round_tokens))
+            for way in ("up", "down")
+        ),
+        *(
+            Line(
+                f"bytes/{name}_per_round",
+                both_ways,
+                "workers * one_worker",
+                {"workers": workers, "one_worker": both_ways // workers},
+                "B",
+            )
+            for name, both_ways in (("full_replica", full), ("diloco", diloco))
+        ),
+        # Gradients up and their mean down: as much as a round of DiLoCo.
+        Line("bytes/ddp_per_step", diloco, unit="B"),
+        *(
+            Line(
+                f"ratio/{name}",
+                quotient(other, both),
+                "theirs / (up + down)" if both else "",
+                {"theirs": other, "up": sent.up, "down": sent.down},
+                "x",
+            )
+            for name, other in (("full_replica", full), ("diloco", diloco))
+        ),
+        Line(
+            "ratio/ddp",
+            quotient(diloco * steps, both),
+            "local_steps * one_step / (up + down)" if both else "",
+            {"local_steps": steps, "one_step": diloco, "up": sent.up, "down": sent.down},
+            "x",
+        ),
+    ]
+
+
+def _bytes(case: Case, way: str) -> Line:
+    settings, total = case.settings, getattr(case.sent, way)
+    key = f"bytes/{way}_per_round"
+    if case.is_ring:
+        workers = case.layout.num_workers
+        terms: dict[str, Number] = {"workers": workers, "ring_bytes": total // workers}
+        return Line(key, total, "workers * ring_bytes", terms, "B")
+    if way == "down" and settings.outer.fragments > 1 and case.sent.up != case.sent.down:
+        # Workers whose residents moved get their whole slices.
+        return Line(key, total, unit="B")
+    states, fragments = state_factor(settings.outer), settings.outer.fragments
+    held, buffers = sum(case.resident), _held_buffers(case)
+    terms = {
+        "states": states,
+        "held": held,
+        "buffers": buffers,
+        "bytes_per_element": total * fragments / (states * held + buffers),
+        "fragments": fragments,
     }
+    formula = "(states * held + buffers) * bytes_per_element / fragments"
+    return Line(key, total, formula, terms, "B")
+
+
+def _held_buffers(case: Case) -> int:
+    buffers = num_buffers(case.settings.model)
+    if case.settings.model.routing == "skip_token":
+        return buffers * case.layout.num_workers
+    return (
+        buffers
+        // case.layout.num_experts
+        // case.layout.num_layers
+        * sum(len(experts) for layer in case.layout.residents for experts in layer)
+    )
+
+
+def _memory(case: Case) -> list[Line]:
+    state, resident = state_bytes(case.settings), max(case.resident)
+    star = predict_bytes(case.settings, case.layout) if case.is_ring else case.sent
+    server = server_memory(case.settings, star)
+    return [
+        Line(
+            "memory/worker_bytes",
+            round(state * resident),
+            "bytes_per_parameter * resident",
+            {"bytes_per_parameter": state, "resident": resident},
+            "B",
+        ),
+        Line(
+            "memory/full_replica_bytes",
+            round(state * case.counts.total),
+            "bytes_per_parameter * total",
+            {"bytes_per_parameter": state, "total": case.counts.total},
+            "B",
+        ),
+        Line(
+            "memory/server_bytes",
+            server.total,
+            "state + outer_state + means + tasks + reply",
+            asdict(server),
+            "B",
+        ),
+    ]
+
+
+def _flops(case: Case) -> list[Line]:
+    model, whole = case.settings.model, case.whole_flops
+    share = case.mean_executed / model.top_k
+    return [
+        Line(
+            "flops/train_per_token",
+            whole.train,
+            "3 * (projections + scores + router + experts + head)",
+            {
+                "projections": whole.projections,
+                "scores": whole.scores,
+                "router": whole.router,
+                "experts": whole.experts,
+                "head": whole.head,
+            },
+            "FLOP",
+        ),
+        Line(
+            "flops/worker_train_per_token",
+            case.flops(case.mean_executed).train,
+            "train - 3 * (1 - resident_share) * experts",
+            {"train": whole.train, "resident_share": share, "experts": whole.experts},
+            "FLOP",
+        ),
+        Line(
+            "flops/expert_share",
+            whole.expert_share,
+            "experts / forward",
+            {"experts": whole.experts, "forward": whole.forward},
+        ),
+        Line(
+            "skip/resident_share",
+            share,
+            "executed / top_k",
+            {"executed": case.mean_executed, "top_k": model.top_k},
+        ),
+        Line(
+            "skip/speedup_limit",
+            skip_speedup_limit(whole.expert_share, share),
+            "1 / (1 - expert_share * (1 - resident_share))",
+            {"expert_share": whole.expert_share, "resident_share": share},
+            "x",
+        ),
+    ]
+
+
+def _batches(case: Case) -> list[Line]:
+    local, model = case.settings.local, case.settings.model
+    step_tokens = case.layout.num_workers * case.worker_step_tokens
+    return [
+        Line(
+            "batch/shared_tokens",
+            step_tokens,
+            "workers * batch_size * accumulate * sequence_length",
+            {
+                "workers": case.layout.num_workers,
+                "batch_size": local.batch_size,
+                "accumulate": local.accumulate,
+                "sequence_length": case.settings.data.sequence_length,
+            },
+        ),
+        # All workers together run `executed` experts for every token, spread over all experts.
+        Line(
+            "batch/expert_tokens",
+            step_tokens * case.mean_executed / model.num_experts,
+            "shared_tokens * executed / experts",
+            {
+                "shared_tokens": step_tokens,
+                "executed": case.mean_executed,
+                "experts": model.num_experts,
+            },
+        ),
+    ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fomoe_flwr.config import ModelSettings, OuterSettings, Settings, SettingsError
-from fomoe_flwr.costs.counts import resident_counts
+from fomoe_flwr.costs.counts import parameter_counts, resident_counts
+from fomoe_flwr.costs.topology import ring_factor, ring_round
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.layout.context import begins_period
 from fomoe_flwr.routing import is_expert_key, layer_of
@@ -88,6 +89,53 @@ def predict_round(
     return _round_bytes(settings, sizes, server_round, moved)
 
 
+def full_replica_bytes(settings: Settings) -> RoundBytes:
+    """Predict the bytes of a round in which every worker holds everything, all else alike."""
+    model, workers = settings.model, settings.layout.num_workers
+    replica = replace(settings, layout=replace(settings.layout, kind="fixed"))
+    one = predict_bytes(replica, Layout.full(model.num_layers, model.num_experts, 1))
+    return RoundBytes(one.up_per_worker * workers, one.down_per_worker * workers)
+
+
+def diloco_bytes(settings: Settings) -> RoundBytes:
+    """Predict the bytes of a round of DiLoCo or Photon: full replicas, weights only, undivided.
+
+    A step of data-parallel training takes as many: gradients up, and their mean down.
+    """
+    outer = replace(settings.outer, name="average", momentum=0.0, fragments=1)
+    return full_replica_bytes(replace(settings, outer=outer))
+
+
+def ring_bytes(settings: Settings, layout: Layout) -> float:
+    """Predict what a worker sends in one synchronisation by ring all-reduce, mean over a cycle.
+
+    Shared keys go around all workers, each expert around its holders, and workers fetch the experts
+    that a moving layout newly gives them. `balanced` layouts count as fixed: their moves depend on
+    measured load, and are few.
+    """
+    model, outer, workers = settings.model, settings.outer, layout.num_workers
+    counts = parameter_counts(model)
+    held = sum(len(experts) for layer in layout.residents for experts in layer)
+    overlap = held / (layout.num_layers * model.num_experts)
+    rate = _migration_rate(settings, held / (layout.num_layers * workers))
+    sent = ring_round(counts.shared, counts.expert, workers, overlap, rate)
+    elements = state_factor(outer) * sent + ring_factor(workers) * num_buffers(model)
+    return elements * element_bytes("wire.up", settings.wire.up) / outer.fragments
+
+
+def state_factor(outer: OuterSettings) -> float:
+    """Return the numbers a parameter that a synchronisation carries, mean over a cycle."""
+    if outer.name == "des_loc":
+        return 1 + 1 / outer.first_moment_every + 1 / outer.second_moment_every
+    return 3.0 if outer.name == "local_adamw" else 1.0
+
+
+def num_buffers(model: ModelSettings) -> int:
+    """Count the elements of a model's persistent buffers: they travel, but have no moments."""
+    one_layer = buffer_shapes(replace(model, num_layers=1))
+    return model.num_layers * sum(math.prod(shape) for shape in one_layer.values())
+
+
 def element_bytes(key: str, name: str) -> int:
     """Return the bytes of one element in an encoding; `key` is the setting that names it."""
     if name not in ELEMENT_BYTES:
@@ -114,20 +162,31 @@ def _part_sizes(
 ) -> list[tuple[_PartSize, ...]]:
     """Count, for every worker, what it holds of each fragment."""
     resident_counts(model, layout)  # refuses a layout of another model
-    kinds = (parameter_shapes(model), buffer_shapes(model))
-    sizes = []
-    for worker in range(layout.num_workers):
-        residents = layout.of_worker(worker)
-        counts = [[0, 0] for _ in range(num_fragments)]
-        for kind, shapes in enumerate(kinds):
-            for key, shape in shapes.items():
-                is_cut = is_expert_key(key, model.routing_mode)
-                rows = len(residents[layer_of(key)]) if is_cut else shape[0]
-                for fragment, count in enumerate(counts):
-                    start, stop = fragment_rows(key, rows, fragment, num_fragments)
-                    count[kind] += (stop - start) * math.prod(shape[1:])
-        sizes.append(tuple(_PartSize(*count) for count in counts))
-    return sizes
+    shared = [[0, 0] for _ in range(num_fragments)]
+    held = [[[0, 0] for _ in range(num_fragments)] for _ in range(layout.num_workers)]
+    for kind, shapes in enumerate((parameter_shapes(model), buffer_shapes(model))):
+        for key, shape in shapes.items():
+            row_size = math.prod(shape[1:])
+            if not is_expert_key(key, model.routing_mode):
+                for fragment, count in enumerate(shared):
+                    start, stop = fragment_rows(key, shape[0], fragment, num_fragments)
+                    count[kind] += (stop - start) * row_size
+                continue
+            # Workers are many, the numbers of experts that they hold few.
+            num_held = [len(experts) for experts in layout.residents[layer_of(key)]]
+            for rows in set(num_held):
+                cuts = [fragment_rows(key, rows, f, num_fragments) for f in range(num_fragments)]
+                for worker, parts in enumerate(held):
+                    if num_held[worker] == rows:
+                        for fragment, (start, stop) in enumerate(cuts):
+                            parts[fragment][kind] += (stop - start) * row_size
+    return [
+        tuple(
+            _PartSize(all_of[0] + own[0], all_of[1] + own[1])
+            for all_of, own in zip(shared, parts, strict=True)
+        )
+        for parts in held
+    ]
 
 
 def _round_bytes(
@@ -165,6 +224,17 @@ def _is_complete(outer: OuterSettings, moment: str, last_round: int) -> bool:
         )
         for fragment in range(outer.fragments)
     )
+
+
+def _migration_rate(settings: Settings, held: float) -> float:
+    """Return gamma: the share of the experts that a draw may exchange which a round exchanges."""
+    layout, experts = settings.layout, settings.model.num_experts
+    if not _moves(settings) or layout.kind == "balanced" or held >= experts:
+        return 0.0
+    if layout.kind == "random":
+        return 1 / layout.reshuffle_every
+    new_share = min(layout.roll_by, held, experts - held) / held
+    return new_share / (1 - held / experts) / layout.reshuffle_every
 
 
 def _moves(settings: Settings) -> bool:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 
@@ -31,7 +30,7 @@ class Layout:
                     f"layer {layer} has {len(workers)} workers, layer 0 has {self.num_workers}"
                 )
             for worker, experts in enumerate(workers):
-                if any(a >= b for a, b in pairwise(experts)):
+                if list(experts) != sorted(set(experts)):
                     raise ValueError(
                         f"experts of worker {worker} in layer {layer} must be sorted and distinct"
                     )

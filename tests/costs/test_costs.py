@@ -333,7 +333,7 @@ def test_the_cost_model_needs_no_torch() -> None:
         "import sys, fomoe_flwr.costs; "
         "assert not {'torch', 'transformers', 'flwr', 'numpy'} & set(sys.modules)"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 

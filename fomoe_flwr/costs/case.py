@@ -1,0 +1,152 @@
+"""A run and its assumptions, with everything that the lines of its cost sheet have in common."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from fomoe_flwr.config import Settings
+from fomoe_flwr.costs.counts import ParameterCounts, parameter_counts, resident_counts
+from fomoe_flwr.costs.duration import RoundSeconds, ring_seconds, site_of, star_seconds
+from fomoe_flwr.costs.flops import TokenFlops, executed_experts, token_flops
+from fomoe_flwr.costs.memory import layout_context
+from fomoe_flwr.costs.topology import ring_factor
+from fomoe_flwr.costs.traffic import (
+    RoundBytes,
+    diloco_bytes,
+    element_bytes,
+    full_replica_bytes,
+    num_buffers,
+    predict_bytes,
+    ring_bytes,
+)
+from fomoe_flwr.layout import Layout, draw_layout
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run under the costs' assumptions: each part is worked out once, when it is asked for."""
+
+    settings: Settings
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of the first round after warm-up."""
+        settings = self.settings
+        shape = settings.model.num_layers, settings.model.num_experts
+        return draw_layout(settings.layout, *shape, settings.seed, 1, layout_context(settings))
+
+    @cached_property
+    def counts(self) -> ParameterCounts:
+        """Parameters by kind."""
+        return parameter_counts(self.settings.model)
+
+    @cached_property
+    def resident(self) -> list[int]:
+        """Parameters that each worker holds."""
+        return resident_counts(self.settings.model, self.layout)
+
+    @cached_property
+    def is_ring(self) -> bool:
+        """Whether sites average among themselves, without a server."""
+        return self.settings.costs.topology == "ring"
+
+    @cached_property
+    def full_layout(self) -> Layout:
+        """The layout of full replicas."""
+        shape = self.layout.num_layers, self.layout.num_experts, self.layout.num_workers
+        return Layout.full(*shape)
+
+    @cached_property
+    def sent(self) -> RoundBytes:
+        """Bytes of a round."""
+        if self.is_ring:
+            return self._around(ring_bytes(self.settings, self.layout))
+        return predict_bytes(self.settings, self.layout)
+
+    @cached_property
+    def full_replica(self) -> RoundBytes:
+        """Bytes of a round of full replicas, all else alike."""
+        if self.is_ring:
+            return self._around(ring_bytes(self.settings, self.full_layout))
+        return full_replica_bytes(self.settings)
+
+    @cached_property
+    def diloco(self) -> RoundBytes:
+        """Bytes of a round of DiLoCo or Photon, or of one step of data-parallel training."""
+        if not self.is_ring:
+            return diloco_bytes(self.settings)
+        elements = self.counts.total + num_buffers(self.settings.model)
+        element = element_bytes("wire.up", self.settings.wire.up)
+        return self._around(ring_factor(self.layout.num_workers) * elements * element)
+
+    def _around(self, num_bytes: float) -> RoundBytes:
+        per_worker = [round(num_bytes)] * self.layout.num_workers
+        return RoundBytes(per_worker, per_worker)
+
+    @cached_property
+    def executed(self) -> list[float]:
+        """Experts that run for a token in a layer, by worker: measured, or at uniform routing."""
+        model, measured = self.settings.model, self.settings.costs.resident_share
+        if measured and model.routing == "skip_token":
+            return [model.top_k * measured] * self.layout.num_workers
+        return executed_experts(model, self.layout)
+
+    @cached_property
+    def mean_executed(self) -> float:
+        """Mean of `executed` over workers."""
+        return sum(self.executed) / len(self.executed)
+
+    def flops(self, executed: float) -> TokenFlops:
+        """Return the FLOPs of a token for which so many experts run."""
+        return token_flops(self.settings.model, self.settings.data.sequence_length, executed)
+
+    @cached_property
+    def whole_flops(self) -> TokenFlops:
+        """FLOPs of a token in the whole model."""
+        return self.flops(self.settings.model.top_k)
+
+    @cached_property
+    def worker_step_tokens(self) -> int:
+        """Tokens of one optimizer step on one worker."""
+        local = self.settings.local
+        return local.batch_size * local.accumulate * self.settings.data.sequence_length
+
+    @cached_property
+    def round_tokens(self) -> int:
+        """Tokens of a round on all workers."""
+        return self.layout.num_workers * self.worker_step_tokens * self.settings.local.steps
+
+    @cached_property
+    def budget(self) -> float:
+        """Tokens to train on: `costs.tokens`, or the run's own."""
+        return self.settings.costs.tokens or self.settings.rounds * self.round_tokens
+
+    def ring_stages(self, is_full: bool) -> int:
+        """Count the messages that follow one another: around all, then around the holders."""
+        holders = self.layout.overlaps[1]
+        # Experts that everybody holds go around with the rest.
+        is_one_ring = is_full or holders == self.layout.num_workers
+        around_holders = 0 if is_one_ring else 2 * (holders - 1)
+        return 2 * (self.layout.num_workers - 1) + around_holders
+
+    def seconds(self, sent: RoundBytes, steps: int, is_full: bool) -> RoundSeconds:
+        """Return the time of one synchronisation after so many steps."""
+        costs, workers = self.settings.costs, self.layout.num_workers
+        sites = [site_of(costs)] * workers
+        tokens = steps * self.worker_step_tokens
+        executed = [float(self.settings.model.top_k)] * workers if is_full else self.executed
+        by_share = {share: tokens * self.flops(share).train for share in set(executed)}
+        flops = [by_share[share] for share in executed]
+        if self.is_ring:
+            stages = self.ring_stages(is_full)
+            return ring_seconds(sites, max(sent.up_per_worker), stages, flops, costs.hidden_share)
+        return star_seconds(
+            sites,
+            sent.down_per_worker,
+            sent.up_per_worker,
+            flops,
+            costs.server_mbps * 1e6 or math.inf,
+            costs.hidden_share,
+        )
