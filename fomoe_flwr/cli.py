@@ -84,7 +84,22 @@ def _parser() -> argparse.ArgumentParser:
     view = commands.add_parser("report", help="print a run's table and draw its plots again")
     view.add_argument("folder", type=Path, metavar="RUN")
     view.set_defaults(run=_report)
+    warm = commands.add_parser(
+        "worker", help="keep a node's worker warm beside its SuperNode, see docs/warm-workers.md"
+    )
+    warm.add_argument("folder", metavar="FOLDER", help="the node's `worker-dir`")
+    warm.add_argument("--idle-seconds", type=float, default=0, help="end after so long (0: never)")
+    warm.add_argument("--with-process", type=int, default=0, metavar="PID", help="end with it")
+    warm.set_defaults(run=_worker)
     return parser
+
+
+def _worker(options: argparse.Namespace) -> int:
+    from fomoe_flwr.federation.warm.folder import Folder
+    from fomoe_flwr.federation.warm.process import run_warm_worker
+
+    run_warm_worker(Folder(options.folder), options.idle_seconds, options.with_process)
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -1,4 +1,8 @@
-"""The two Flower apps; `server_app.py` and `client_app.py` at the top hand them to Flower."""
+"""The two Flower apps; `server_app.py` and `client_app.py` at the top hand them to Flower.
+
+Flower starts a process for every message to a node, so nothing is imported here that a ClientApp
+with a warm worker does not need, torch above all.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fomoe_flwr.federation.client import answer_query, answer_task
-from fomoe_flwr.federation.run_config import settings_of
-from fomoe_flwr.federation.server import Server
-from fomoe_flwr.preflight import preflight
+from fomoe_flwr.federation.warm.handover import answer
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -18,6 +19,10 @@ client_app = ClientApp()
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run config -> settings -> checks -> server."""
+    from fomoe_flwr.federation.run_config import settings_of
+    from fomoe_flwr.federation.server import Server
+    from fomoe_flwr.preflight import preflight
+
     settings = settings_of(context.run_config)
     preflight(settings)
     Server(settings).serve(grid)
@@ -26,10 +31,10 @@ def main(grid: Grid, context: Context) -> None:
 @client_app.query()
 def query(message: Message, context: Context) -> Message:
     """Get ready for a run and say which worker this node plays."""
-    return Message(answer_query(message.content, context), reply_to=message)
+    return Message(answer("query", message.content, context), reply_to=message)
 
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
-    return Message(answer_task(message.content, context), reply_to=message)
+    return Message(answer("train", message.content, context), reply_to=message)

@@ -46,7 +46,7 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
 
 
 def answer_task(content: RecordDict, context: Context) -> RecordDict:
-    """Train one round and return the pseudo-gradient with its metrics."""
+    """Train one round and return the pseudo-gradient with its metrics; `content` is used up."""
     header = TaskHeader.read(content)
     settings = CACHE.settings(header.settings)
     spec = _check_spec(settings, header.spec_digest)
@@ -64,6 +64,9 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
             *((name, carried.parameters()) for name in header.moments),
         )
     }
+    for name in vectors:
+        # Decoded vectors are copies: the bytes need not be there while the round is trained.
+        del content[name]
     shared, experts = vectors.pop(wire.WEIGHTS)
     unknown = max(map(max, header.probe), default=0)
     if unknown >= settings.model.vocab_size:
@@ -163,3 +166,7 @@ def _state_dir(context: Context, header: TaskHeader) -> Path:
     chosen = context.node_config.get("state-dir") or context.run_config.get("state-dir")
     root = Path(str(chosen)) if chosen else cache_dir() / "state"
     return root / header.run_key / f"worker-{header.worker:03d}"
+
+
+ANSWERS = {"query": answer_query, "train": answer_task}
+"""What a node does with a message of each kind."""

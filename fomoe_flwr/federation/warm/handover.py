@@ -1,0 +1,189 @@
+"""Flower's side: hand a message to the node's warm worker. Imports no torch.
+
+The keys of a SuperNode's `--node-config`:
+
+    worker-dir            the worker's folder; without it Flower's own process does the work
+    worker-start          true (default): start a worker where none answers; false: wait for one
+    worker-idle-seconds   how long a worker started here waits for its next task
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+
+import fomoe_flwr
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.federation.warm.contents import content_of, frame_of
+from fomoe_flwr.federation.warm.folder import Folder
+from fomoe_flwr.federation.warm.frames import ClosedError, Frame, FrameError, receive, send
+from fomoe_flwr.federation.warm.greeting import (
+    END,
+    OtherCodeError,
+    StrangerError,
+    greet_as_giver,
+)
+
+START_SECONDS = 60.0
+"""How long a worker may take from its start, by us or by a supervisor, until it listens."""
+IDLE_SECONDS = 1800
+MOST_TRIES = 2
+"""A task whose worker died is given to its successor once."""
+
+_POLL_SECONDS = 0.05
+
+
+class NoWorkerError(RunError):
+    """No warm worker that takes the task."""
+
+
+class TaskFailedError(RunError):
+    """What the warm worker said about a task that it could not do."""
+
+
+def answer(kind: str, content: RecordDict, context: Context) -> RecordDict:
+    """Answer a message of this kind (`query`, `train`): by the warm worker, or right here."""
+    if context.node_config.get("worker-dir"):
+        return hand_over(kind, content, context)
+    from fomoe_flwr.federation.client import ANSWERS
+
+    return ANSWERS[kind](content, context)
+
+
+def hand_over(kind: str, content: RecordDict, context: Context) -> RecordDict:
+    """Give a task to the node's warm worker and wait for its answer.
+
+    Raises NoWorkerError, and TaskFailedError with the worker's reason.
+    """
+    door = _Door.of(context.node_config)
+    fields = {
+        "kind": kind,
+        "run_id": context.run_id,
+        "node_id": context.node_id,
+        "node_config": context.node_config,
+        "run_config": context.run_config,
+    }
+    task = frame_of(content, fields)
+    for _ in range(MOST_TRIES):
+        with door.enter() as peer:
+            try:
+                reply = _exchange(peer, task)
+            except ClosedError:
+                continue
+        if "error" in reply.fields:
+            raise TaskFailedError(str(reply.fields["error"]))
+        return content_of(reply)
+    raise NoWorkerError(
+        f"the warm worker in {door.folder.path} died {MOST_TRIES} times over this task, see "
+        f"{door.folder.log}"
+    )
+
+
+def _exchange(peer: socket.socket, task: Frame) -> Frame:
+    """Wait for our turn, then for the answer, as long as the worker lives."""
+    receive(peer)
+    send(peer, task)
+    return receive(peer)
+
+
+@dataclass(frozen=True)
+class _Door:
+    """The way to a node's worker."""
+
+    folder: Folder
+    may_start: bool
+    idle_seconds: float
+
+    @classmethod
+    def of(cls, node_config: Mapping[str, Any]) -> _Door:
+        return cls(
+            Folder(str(node_config["worker-dir"])),
+            bool(node_config.get("worker-start", True)),
+            float(node_config.get("worker-idle-seconds", IDLE_SECONDS)),
+        )
+
+    def enter(self) -> socket.socket:
+        """Connect to a worker that has greeted us; start one, or wait for one, if need be."""
+        if self.may_start:
+            self.folder.create()
+        else:
+            self.folder.check()
+        deadline = time.monotonic() + START_SECONDS
+        started: subprocess.Popen[bytes] | None = None
+        strangers = 0
+        while True:
+            try:
+                return self._greeted()
+            except OtherCodeError as error:
+                if not self.may_start:
+                    raise
+                problem: Exception = error
+            except StrangerError as error:
+                # The token may have been that of the worker before.
+                strangers += 1
+                if strangers > 1:
+                    raise
+                problem = error
+            except (OSError, FrameError) as error:
+                problem = error
+                if self.may_start and (started is None or started.poll() is not None):
+                    started = self._start()
+            if time.monotonic() >= deadline:
+                raise NoWorkerError(
+                    f"no warm worker answers in {self.folder.path} ({problem}): start one with "
+                    f"`fomoe worker {self.folder.path}`, or see {self.folder.log}"
+                ) from problem
+            time.sleep(_POLL_SECONDS)
+
+    def _greeted(self) -> socket.socket:
+        token = self.folder.read_token()
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            peer.connect(str(self.folder.socket))
+            greet_as_giver(peer, token)
+        except OtherCodeError:
+            with peer:
+                if self.may_start:
+                    # It ends after the tasks that it has, and one with our code takes its place.
+                    _send_home(peer)
+            raise
+        except BaseException:
+            peer.close()
+            raise
+        return peer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # The very modules that run here: Flower unpacks them to a folder of its own.
+        paths = [str(Path(fomoe_flwr.__file__).parents[1]), *filter(None, sys.path)]
+        command = [sys.executable, "-m", "fomoe_flwr.cli", "worker", str(self.folder.path)]
+        command += ["--idle-seconds", f"{self.idle_seconds:g}", "--with-process", str(os.getppid())]
+        with self.folder.open_log() as log:
+            return subprocess.Popen(
+                command,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                cwd=self.folder.path,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Whoever ends Flower's process and its group shall not end the worker.
+                start_new_session=True,
+            )
+
+
+def _send_home(peer: socket.socket) -> None:
+    try:
+        peer.settimeout(None)
+        receive(peer)
+        send(peer, Frame({"kind": END}))
+        receive(peer)
+    except FrameError:
+        pass

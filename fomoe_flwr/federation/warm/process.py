@@ -1,0 +1,211 @@
+"""The warm worker itself: a process that takes one task at a time and keeps what tasks share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import psutil
+from flwr.app import Context, RecordDict
+
+from fomoe_flwr.errors import RunError, one_line
+from fomoe_flwr.federation.warm.contents import content_of, frame_of
+from fomoe_flwr.federation.warm.folder import Folder
+from fomoe_flwr.federation.warm.frames import Frame, FrameError, receive, send
+from fomoe_flwr.federation.warm.greeting import END, StrangerError, code, greet_as_worker
+
+Answer = Callable[[RecordDict, Context], RecordDict]
+
+_WAITING_ROOM = 16
+"""Task givers that have been greeted; more are turned away."""
+_POLL_SECONDS = 1.0
+
+
+def run_warm_worker(
+    folder: Folder,
+    idle_seconds: float = 0,
+    with_process: int = 0,
+    answers: Mapping[str, Answer] | None = None,
+) -> None:
+    """Take tasks until told to end (SIGTERM, SIGINT), idle for too long, or left alone.
+
+    `idle_seconds=0` waits forever; `with_process` is a process without which there will be no
+    tasks. Raises InputError if the folder is not ours or another worker has it.
+    """
+    folder.create()
+    version = code()["version"]  # read now: the modules that are running, not later ones
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
+    with folder.occupied(), _listening(folder) as listener:
+        token = folder.new_token()
+        waiting: queue.Queue[socket.socket] = queue.Queue(_WAITING_ROOM)
+        _beside(_let_in, listener, token, waiting)
+        if with_process:
+            _beside(_end_with, with_process)
+        _say(f"waiting in {folder.path}, fomoe-flwr {version}")
+        # Imported now, and not when the first task comes: this is what takes seconds.
+        _work(waiting, answers or _own_answers(), idle_seconds)
+    _say("done")
+
+
+def _own_answers() -> Mapping[str, Answer]:
+    from fomoe_flwr.federation.client import ANSWERS
+
+    return ANSWERS
+
+
+def _end(_number: int, _frame: object) -> None:
+    raise SystemExit(0)
+
+
+def _beside(target: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+@contextmanager
+def _listening(folder: Folder) -> Iterator[socket.socket]:
+    """Listen on the folder's socket; whoever comes before there is a token will try again."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    folder.leave()
+    try:
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(folder.socket))
+        finally:
+            os.umask(before)
+        listener.listen(_WAITING_ROOM)
+        yield listener
+    finally:
+        folder.leave()
+        listener.close()
+
+
+def _let_in(listener: socket.socket, token: bytes, waiting: queue.Queue[socket.socket]) -> None:
+    """Greet whoever comes, one after the other; strangers are turned away."""
+    while True:
+        try:
+            peer, _ = listener.accept()
+        except OSError:
+            return
+        try:
+            greet_as_worker(peer, token)
+            waiting.put_nowait(peer)
+        except (FrameError, StrangerError, queue.Full) as error:
+            _say(f"turned a peer away: {one_line(error) or 'too many wait'}")
+            peer.close()
+
+
+def _work(
+    waiting: queue.Queue[socket.socket], answers: Mapping[str, Answer], idle_seconds: float
+) -> None:
+    while True:
+        try:
+            peer = waiting.get(timeout=idle_seconds or None)
+        except queue.Empty:
+            _say(f"idle for {idle_seconds:g} s")
+            return
+        with peer:
+            try:
+                send(peer, Frame({"ready": True}))
+                task = receive(peer)
+                if task.fields.get("kind") == END:
+                    _say("told to end")
+                    return
+                is_sound = _do(peer, task, answers)
+            except FrameError as error:
+                _say(f"lost a task giver: {one_line(error)}")
+                continue
+        if not is_sound:
+            _say("ends after an error that may have left anything behind")
+            return
+
+
+def _do(peer: socket.socket, task: Frame, answers: Mapping[str, Answer]) -> bool:
+    """Do a task and send its answer; return whether this process is as sound as before."""
+    started, kind, is_sound = time.monotonic(), task.fields.get("kind"), True
+    with _alive_with(peer):
+        try:
+            answer = answers.get(str(kind))
+            if answer is None:
+                raise FrameError(f"a task of kind {kind!r} is not one of {', '.join(answers)}")
+            content, context = content_of(task), _context_of(task)
+            # The records hold the bytes now, and whoever reads them may let them go.
+            task.blobs.clear()
+            reply = frame_of(answer(content, context), {})
+        except Exception as error:  # whatever it is, the one who waits must hear of it
+            reply = Frame({"error": f"{type(error).__name__}: {one_line(error)}"})
+            # A CUDA error poisons the process, a bug may have done so.
+            is_sound = isinstance(error, ValueError | RunError)
+            if not is_sound:
+                traceback.print_exc()
+    send(peer, reply)
+    took = time.monotonic() - started
+    _say(f"{kind}: {reply.fields.get('error', 'done')} ({took:.2f} s)")
+    return is_sound
+
+
+def _context_of(task: Frame) -> Context:
+    fields = task.fields
+    try:
+        return Context(
+            run_id=int(fields["run_id"]),
+            node_id=int(fields["node_id"]),
+            node_config=dict(fields["node_config"]),
+            run_config=dict(fields["run_config"]),
+            state=RecordDict(),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FrameError(f"a task's context is malformed: {error}") from error
+
+
+@contextmanager
+def _alive_with(peer: socket.socket) -> Iterator[None]:
+    """End this process if the task giver hangs up: nobody waits for the answer any more.
+
+    Flower ended its own process, so the run was stopped or another round may have begun; a worker
+    that is busy with the old one would only be in the way.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        poller = select.poll()
+        poller.register(peer, select.POLLHUP | select.POLLERR)
+        while not done.is_set():
+            if poller.poll(100):
+                if not done.is_set():
+                    _say("the task giver is gone")
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    watcher = _beside(watch)
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _end_with(pid: int) -> None:
+    """End this process with another one."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        other = psutil.Process(pid)
+        while other.is_running() and other.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(_POLL_SECONDS)
+    _say(f"process {pid} is gone")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} warm worker {os.getpid()}: {text}", flush=True)
