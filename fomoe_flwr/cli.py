@@ -9,10 +9,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fomoe_flwr import __version__
-from fomoe_flwr.config import PATHS, Settings, load_settings
+from fomoe_flwr.config import PATHS, Settings, SettingsError, expand_files, load_settings
 from fomoe_flwr.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from fomoe_flwr.plan import Plan
 
 _EXAMPLES = """examples:
   fomoe run preset=tiny
@@ -26,7 +30,7 @@ _EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 done, 1 failed, 2 refused)."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     # So that `finally` runs, and the processes that a run started end with it.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
@@ -41,6 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides in one piece only, not before and after an option.
+    if unknown := [word for word in rest if word.startswith("-") or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _terminate(number: int, _frame: object) -> None:
@@ -59,13 +74,51 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE|FILE.yaml")
     run.set_defaults(run=_run)
     cost = commands.add_parser("costs", help="what a run would cost, without running it")
-    cost.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    cost.add_argument("overrides", nargs="*", metavar="KEY=VALUE|FILE.yaml")
     cost.add_argument("--json", action="store_true", help="one JSON object")
     cost.add_argument("--explain", action="store_true", help="each formula, and the numbers put in")
     cost.set_defaults(run=_costs)
+    plan = commands.add_parser(
+        "plan",
+        help="workers, overlap, layout and local steps for given sites and a model",
+        description="Minimise the time to a token budget (costs.tokens) within the sites' memory. "
+        "The sites file: a list `sites` with name, memory_gib, teraflops, up_mbps and down_mbps of "
+        "each, and if need be latency_seconds and mfu; and server_mbps.",
+    )
+    plan.add_argument("sites", type=Path, metavar="SITES.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE|FILE.yaml")
+    plan.add_argument(
+        "--to",
+        type=Path,
+        default=None,
+        metavar="PLAN.yaml",
+        help="write the run's "
+        "overrides there, and beside it as .toml for `flwr run . --run-config`",
+    )
+    plan.add_argument("--max-local-steps", type=int, default=64, help="default: %(default)s")
+    plan.add_argument(
+        "--min-overlap",
+        type=int,
+        default=0,
+        help="default: half of the workers, 4 from eight workers on",
+    )
+    plan.add_argument(
+        "--headroom",
+        type=float,
+        default=0.2,
+        help="share of memory to leave to activations, default: %(default)s",
+    )
+    plan.add_argument(
+        "--batch",
+        type=int,
+        default=0,
+        help="sequences of a step over all workers, default: those of the settings",
+    )
+    plan.add_argument("--json", action="store_true", help="one JSON object")
+    plan.set_defaults(run=_plan)
     score = commands.add_parser("evaluate", help="score a run's newest checkpoint")
     score.add_argument("folder", type=Path, metavar="RUN")
     score.add_argument("--split", choices=("validation", "test"), default="validation")
@@ -103,14 +156,15 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    settings = _absolute(load_settings(options.overrides))
+    overrides = expand_files(options.overrides)
+    settings = _absolute(load_settings(overrides))
     from fomoe_flwr.preflight import preflight
 
     preflight(settings)
     if settings.engine == "flower":
         from fomoe_flwr.federation.launch import run_with_flower
 
-        done = run_with_flower(settings, options.overrides)
+        done = run_with_flower(settings, overrides)
     else:
         from fomoe_flwr.federation.in_process import run_in_process
 
@@ -136,12 +190,46 @@ def _absolute(settings: Settings) -> Settings:
 def _costs(options: argparse.Namespace) -> int:
     from fomoe_flwr import costs
 
-    sheet = costs.lines(load_settings(options.overrides))
+    sheet = costs.lines(load_settings(expand_files(options.overrides)))
     if options.json:
         print(json.dumps({line.key: line.value for line in sheet}, indent=2))
     else:
         print(costs.show(sheet, explain=options.explain))
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fomoe_flwr import plan
+
+    bounds = plan.Bounds(
+        options.max_local_steps, options.min_overlap, options.headroom, options.batch
+    )
+    given = expand_files(options.overrides)
+    made = plan.make_plan(load_settings(given), plan.read_sites(options.sites), bounds)
+    overrides = plan.plan_overrides(made, given)
+    # A plan that no run would take is none.
+    load_settings(overrides)
+    print(plan.plan_json(made, overrides) if options.json else plan.show_plan(made))
+    if options.to is not None:
+        _write_plan(options.to, made, overrides)
+    return 0
+
+
+def _write_plan(path: Path, made: Plan, overrides: Sequence[str]) -> None:
+    from fomoe_flwr import plan
+
+    toml = path.with_suffix(".toml")
+    if path.suffix not in (".yaml", ".yml"):
+        raise SettingsError(f"--to={path} must end in .yaml: that is how `fomoe run` knows a file")
+    try:
+        path.write_text(plan.plan_yaml(made, overrides), encoding="utf-8")
+        toml.write_text(plan.plan_toml(overrides), encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"cannot write the plan: {error}") from error
+    print(
+        f"wrote {path} and {toml}: fomoe run {path}, or flwr run . --run-config {toml}",
+        file=sys.stderr,
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:

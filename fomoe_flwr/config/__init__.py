@@ -20,6 +20,7 @@ from fomoe_flwr.config.compose import (
     read_settings,
     settings_from_dict,
 )
+from fomoe_flwr.config.override_files import expand_files
 from fomoe_flwr.config.schema import (
     BalanceSettings,
     CheckpointSettings,
@@ -58,6 +59,7 @@ __all__ = [
     "WireSettings",
     "check",
     "conf_dir",
+    "expand_files",
     "load_settings",
     "read_settings",
     "settings_from_dict",

@@ -31,7 +31,7 @@ from fomoe_flwr.costs.memory import (
 )
 from fomoe_flwr.costs.overview import lines, summary
 from fomoe_flwr.costs.paper import paper_counts, paper_memory_bytes, paper_token_flops
-from fomoe_flwr.costs.sheet import Line, show
+from fomoe_flwr.costs.sheet import Line, show, shown
 from fomoe_flwr.costs.topology import (
     ring_factor,
     ring_ratio_ddp,
@@ -44,10 +44,13 @@ from fomoe_flwr.costs.traffic import (
     ELEMENT_BYTES,
     RoundBytes,
     diloco_bytes,
+    element_bytes,
     full_replica_bytes,
+    num_buffers,
     predict_bytes,
     predict_round,
     ring_bytes,
+    state_factor,
 )
 
 __all__ = [
@@ -62,12 +65,14 @@ __all__ = [
     "Site",
     "TokenFlops",
     "diloco_bytes",
+    "element_bytes",
     "executed_experts",
     "expert_room",
     "full_replica_bytes",
     "layout_context",
     "lines",
     "memory_bytes",
+    "num_buffers",
     "paper_counts",
     "paper_memory_bytes",
     "paper_token_flops",
@@ -83,12 +88,14 @@ __all__ = [
     "ring_seconds",
     "server_memory",
     "show",
+    "shown",
     "site_of",
     "skip_speedup_limit",
     "star_ratio_full_replica",
     "star_round",
     "star_seconds",
     "state_bytes",
+    "state_factor",
     "summary",
     "token_flops",
     "transfer_seconds",

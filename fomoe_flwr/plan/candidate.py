@@ -1,0 +1,203 @@
+"""One choice of sites, overlap and local steps: whether it fits, and how long it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fomoe_flwr.config import Settings
+from fomoe_flwr.costs import (
+    RoundSeconds,
+    element_bytes,
+    num_buffers,
+    parameter_counts,
+    star_seconds,
+    state_bytes,
+    state_factor,
+    token_flops,
+)
+from fomoe_flwr.plan.sites import NamedSite
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """Why a choice is impossible."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A choice that fits: worker i is played by `sites[i]`."""
+
+    sites: tuple[NamedSite, ...]
+    overlap: int
+    local_steps: int
+    residents: tuple[int, ...]
+    """Experts of a layer that each worker holds."""
+    batch_size: int
+    accumulate: int
+    round: RoundSeconds
+    rounds: int
+    memory_bytes: tuple[float, ...]
+    """Training state of each worker."""
+    bytes_per_round: float
+    """Up and down, over all workers."""
+
+    @property
+    def seconds(self) -> float:
+        """Time to the token budget."""
+        return self.rounds * self.round.total
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all workers hold the same number of experts."""
+        return len(set(self.residents)) == 1
+
+
+class Model:
+    """The sizes that a plan needs, worked out once: they depend on the model, not on sites."""
+
+    def __init__(self, settings: Settings, headroom: float) -> None:
+        self.settings = settings
+        self.headroom = headroom
+        counts = parameter_counts(settings.model)
+        self.shared = counts.shared
+        self.per_expert = counts.per_expert_per_layer * settings.model.num_layers
+        """Parameters that one resident of every layer adds."""
+        self.buffers = num_buffers(settings.model)
+        self.state_bytes = state_bytes(settings)
+        length = settings.data.sequence_length
+        self.idle_flops = token_flops(settings.model, length, 0).train
+        self.expert_flops = token_flops(settings.model, length, 1).train - self.idle_flops
+        self.states = state_factor(settings.outer) / settings.outer.fragments
+        self.up_bytes = element_bytes("wire.up", settings.wire.up)
+        self.down_bytes = element_bytes("wire.down", settings.wire.down)
+
+    def room(self, site: NamedSite) -> int:
+        """Return how many experts of each layer a site can hold beside what is shared."""
+        free = (1 - self.headroom) * site.memory_bytes - self.state_bytes * self.shared
+        most = math.floor(free / (self.state_bytes * self.per_expert))
+        return max(0, min(self.settings.model.num_experts, most))
+
+    def memory(self, residents: int) -> float:
+        """Return the training state of a worker with so many residents in each layer."""
+        return self.state_bytes * (self.shared + residents * self.per_expert)
+
+    def token_flops(self, residents: int) -> float:
+        """Return training FLOPs of a token on such a worker, at uniform routing."""
+        model = self.settings.model
+        executed = float(min(model.top_k, residents))
+        if model.routing == "skip_token":
+            executed = model.top_k * residents / model.num_experts
+        return self.idle_flops + executed * self.expert_flops
+
+    def elements(self, residents: int) -> float:
+        """Return the numbers that such a worker receives, or returns, in one round."""
+        held = self.shared + residents * self.per_expert
+        return self.states * held + self.buffers / self.settings.outer.fragments
+
+    def site_seconds(self, site: NamedSite, residents: int, tokens: int) -> float:
+        """Return how long a site alone takes for a round."""
+        elements = self.elements(residents)
+        down, up = [elements * self.down_bytes], [elements * self.up_bytes]
+        return star_seconds([site.site], down, up, [tokens * self.token_flops(residents)]).total
+
+
+def fit(
+    model: Model,
+    sites: Sequence[NamedSite],
+    overlap: int,
+    local_steps: int,
+    batch: int,
+    tokens: float,
+    server_bits_per_second: float = math.inf,
+) -> Candidate | Unfit:
+    """Place the experts so that the round ends soonest, within every site's memory.
+
+    `batch` is the sequences of one step over all workers, `tokens` the budget. A slow site gets
+    fewer experts than a fast one: they go, one by one, to whom they delay least, which makes the
+    longest of rounds that only grow as short as can be.
+    """
+    settings, num_experts = model.settings, model.settings.model.num_experts
+    rooms = [model.room(site) for site in sites]
+    for site, room in zip(sites, rooms, strict=True):
+        if not room:
+            return Unfit(
+                f"{site.name} has {site.memory_bytes / 2**30:.4g} GiB, the shared parameters and "
+                f"one expert of each layer take {_needed(model, 1) / 2**30:.4g} GiB with headroom"
+            )
+    needed = num_experts * overlap
+    if needed < len(sites):
+        return Unfit(f"{needed} expert places a layer are too few for {len(sites)} workers")
+    if sum(rooms) < needed:
+        return Unfit(
+            f"the sites have room for {sum(rooms)} experts of a layer together, "
+            f"{num_experts} experts on {overlap} holders need {needed}"
+        )
+    micro, accumulate = _split_batch(settings.local.batch_size, math.ceil(batch / len(sites)))
+    round_tokens = micro * accumulate * settings.data.sequence_length * local_steps
+    residents = _place(model, sites, rooms, needed, round_tokens)
+    elements = [model.elements(held) for held in residents]
+    down = [count * model.down_bytes for count in elements]
+    up = [count * model.up_bytes for count in elements]
+    seconds = star_seconds(
+        [each.site for each in sites],
+        down,
+        up,
+        [round_tokens * model.token_flops(held) for held in residents],
+        server_bits_per_second,
+        settings.costs.hidden_share,
+    )
+    return Candidate(
+        sites=tuple(sites),
+        overlap=overlap,
+        local_steps=local_steps,
+        residents=tuple(residents),
+        batch_size=micro,
+        accumulate=accumulate,
+        round=seconds,
+        rounds=max(1, math.ceil(tokens / (round_tokens * len(sites)))),
+        memory_bytes=tuple(model.memory(held) for held in residents),
+        bytes_per_round=sum(down) + sum(up),
+    )
+
+
+def with_full_replicas(settings: Settings) -> Settings:
+    """Return the settings of DiLoCo and Photon: weights only, undivided."""
+    outer = replace(settings.outer, name="average", momentum=0.0, fragments=1)
+    return replace(settings, outer=outer)
+
+
+def _place(
+    model: Model, sites: Sequence[NamedSite], rooms: Sequence[int], needed: int, tokens: int
+) -> list[int]:
+    even, left = divmod(needed, len(sites))
+    is_alike = len({(site.memory_bytes, site.site) for site in sites}) == 1
+    if is_alike and not left:
+        return [even] * len(sites)
+    held = [1] * len(sites)
+    ends = [model.site_seconds(site, 2, tokens) for site in sites]
+    for _ in range(needed - len(sites)):
+        open_to = [worker for worker in range(len(sites)) if held[worker] < rooms[worker]]
+        worker = min(open_to, key=lambda each: ends[each])
+        held[worker] += 1
+        ends[worker] = model.site_seconds(sites[worker], held[worker] + 1, tokens)
+    # Where an even layout takes no longer, it is the better one: experts see as much data.
+    longest = max(model.site_seconds(s, h, tokens) for s, h in zip(sites, held, strict=True))
+    if not left and all(even <= room for room in rooms):
+        evenly = max(model.site_seconds(site, even, tokens) for site in sites)
+        if evenly <= 1.01 * longest:
+            return [even] * len(sites)
+    return held
+
+
+def _split_batch(micro: int, sequences: int) -> tuple[int, int]:
+    """Part a worker's sequences of a step into equal micro-batches, none above the given one."""
+    accumulate = math.ceil(sequences / micro)
+    return math.ceil(sequences / accumulate), accumulate
+
+
+def _needed(model: Model, residents: int) -> float:
+    return model.memory(residents) / (1 - model.headroom)
