@@ -46,7 +46,7 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
 
 
 def answer_task(content: RecordDict, context: Context) -> RecordDict:
-    """Train one round and return the pseudo-gradient with its metrics; `content` is used up."""
+    """Train one round and return the pseudo-gradient with its metrics."""
     header = TaskHeader.read(content)
     settings = CACHE.settings(header.settings)
     spec = _check_spec(settings, header.spec_digest)
@@ -64,9 +64,8 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
             *((name, carried.parameters()) for name in header.moments),
         )
     }
-    for name in vectors:
-        # Decoded vectors are copies: the bytes need not be there while the round is trained.
-        del content[name]
+    # Decoded vectors are copies. A caller that lets go of the message frees its bytes here.
+    del content
     shared, experts = vectors.pop(wire.WEIGHTS)
     unknown = max(map(max, header.probe), default=0)
     if unknown >= settings.model.vocab_size:

@@ -140,10 +140,10 @@ def _do(peer: socket.socket, task: Frame, answers: Mapping[str, Answer]) -> bool
             answer = answers.get(str(kind))
             if answer is None:
                 raise FrameError(f"a task of kind {kind!r} is not one of {', '.join(answers)}")
-            content, context = content_of(task), _context_of(task)
-            # The records hold the bytes now, and whoever reads them may let them go.
+            context, content = _context_of(task), [content_of(task)]
+            # Nobody but the answer holds the bytes, so it can let them go.
             task.blobs.clear()
-            reply = frame_of(answer(content, context), {})
+            reply = frame_of(answer(content.pop(), context), {})
         except Exception as error:  # whatever it is, the one who waits must hear of it
             reply = Frame({"error": f"{type(error).__name__}: {one_line(error)}"})
             # A CUDA error poisons the process, a bug may have done so.
