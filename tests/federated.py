@@ -24,8 +24,9 @@ from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import client, wire
 from fomoe_flwr.federation.apps import client_app
 from fomoe_flwr.federation.in_process_grid import InProcessGrid
+from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.seats import RunIdentity
-from fomoe_flwr.federation.strategy import FoMoEStrategy, RoundRecord
+from fomoe_flwr.federation.strategy import FoMoEStrategy
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RoutingCounts

@@ -26,7 +26,7 @@ from fomoe_flwr import costs, report, worker
 from fomoe_flwr.cli import main
 from fomoe_flwr.config import Settings, SettingsError, load_settings
 from fomoe_flwr.federation import client
-from fomoe_flwr.federation.strategy import RoundRecord
+from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.run_directory import RunDirectory
 from fomoe_flwr.synchronisation import MOMENTS

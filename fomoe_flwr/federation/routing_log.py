@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from fomoe_flwr import routing_metrics as measure
 from fomoe_flwr.config import Settings
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
-from fomoe_flwr.federation.strategy import RoundRecord
+from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.model.router_probe import RoutingCounts, chosen_experts
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.routing import RoutingMode, is_router_key, layer_of

@@ -36,9 +36,10 @@ from fomoe_flwr.data.tokenizer import (
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
 from fomoe_flwr.evaluation import EvalReport, evaluate, sample_text, unigram_entropy
 from fomoe_flwr.export import assemble, export_model
+from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
-from fomoe_flwr.federation.strategy import FoMoEStrategy, RoundRecord
+from fomoe_flwr.federation.strategy import FoMoEStrategy
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model

@@ -15,8 +15,8 @@ from flwr.app import RecordDict
 from fomoe_flwr.config import Settings, load_settings
 from fomoe_flwr.data.tokens import TokenBlocks
 from fomoe_flwr.federation import client, wire
+from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.routing_log import RoutingLog, probe_windows
-from fomoe_flwr.federation.strategy import RoundRecord
 from fomoe_flwr.federation.wire import TaskHeader, WireError
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.families import transformers_config

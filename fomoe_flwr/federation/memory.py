@@ -1,0 +1,57 @@
+"""The strategy's memory: what it keeps from round to round besides weights and outer state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fomoe_flwr.config import LayoutSettings
+from fomoe_flwr.federation.round_record import RoundRecord
+from fomoe_flwr.layout import LayoutContext
+
+
+@dataclass
+class Memory:
+    """What the next round depends on; a checkpoint keeps it as `to_json` has it."""
+
+    context: LayoutContext
+    """What the next layout depends on."""
+    current: set[int] = field(default_factory=set)
+    """Workers whose reply counted in the round before: their disks hold what they sent."""
+    load: Tensor | None = None
+    """[num_layers, num_experts] assignments of the round before, of all workers."""
+
+    def note(self, settings: LayoutSettings, record: RoundRecord) -> None:
+        """Take in a round whose outer step is done."""
+        self.current = set(record.replies)
+        self.load = record.load
+        self.context = self.context.after(
+            settings, record.server_round, record.layout, record.load.tolist()
+        )
+
+    def pooled_share(self) -> list[list[float]] | None:
+        """Return [num_layers][num_experts] shares of assignments; None before the first round."""
+        if self.load is None:
+            return None
+        total = self.load.sum(1, keepdim=True).clamp(min=1)
+        shares: list[list[float]] = (self.load.double() / total).tolist()
+        return shares
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain lists and dictionaries."""
+        return {
+            "current_workers": sorted(self.current),
+            "load": None if self.load is None else self.load.tolist(),
+            "layout_context": self.context.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Memory:
+        """Read what `to_json` wrote."""
+        load = None if data["load"] is None else torch.tensor(data["load"])
+        context = LayoutContext.from_json(data["layout_context"])
+        return cls(context, set(data["current_workers"]), load)

@@ -1,0 +1,54 @@
+"""The round's record: who got what, who answered, what it cost and how long it took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fomoe_flwr.federation.replies import Reply
+from fomoe_flwr.layout import Layout
+from fomoe_flwr.model.router_probe import RoutingCounts
+
+
+@dataclass
+class RoundRecord:
+    """What happened in one round."""
+
+    server_round: int
+    layout: Layout
+    started: float = field(default_factory=time.monotonic)
+    counts: dict[int, RoutingCounts] = field(default_factory=dict)
+    """Routing counts of every worker whose reply was folded."""
+    disagreement: Tensor | None = None
+    """[num_layers, num_experts] distance of an expert's copies from their mean before averaging."""
+    copies: Tensor | None = None
+    """[num_layers, num_experts] number of replies that spoke for an expert."""
+    choices: dict[int, Tensor] = field(default_factory=dict)
+    """[num_layers, tokens, top_k] choices on the probe of every worker whose reply was folded."""
+    replies: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Metrics of every worker whose reply was folded."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """Reason for every worker whose reply was not."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    missing_experts: int = 0
+    """(layer, expert) pairs that nobody returned: value and outer state kept."""
+    send_seconds: float = 0.0
+    train_seconds: float = 0.0
+    """From the last message sent to the last reply folded."""
+    outer_seconds: float = 0.0
+
+    def take(self, worker: int, reply: Reply) -> None:
+        """Note what a folded reply reports; its vectors are not kept."""
+        self.replies[worker] = reply.metrics
+        self.counts[worker] = reply.counts
+        if reply.choices is not None:
+            self.choices[worker] = reply.choices
+
+    @property
+    def load(self) -> Tensor:
+        """[num_layers, num_experts] assignments of all workers, ghosts included."""
+        return torch.stack([counts.load for counts in self.counts.values()]).sum(0)

@@ -1,0 +1,117 @@
+"""Tasks: what the server sends at the beginning of a round, to every worker its own slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flwr.app import Array, Message, MessageType, RecordDict
+from torch import Tensor
+
+from fomoe_flwr.config import Settings
+from fomoe_flwr.federation import wire
+from fomoe_flwr.federation.memory import Memory
+from fomoe_flwr.federation.seats import RunIdentity
+from fomoe_flwr.federation.wire import TaskHeader
+from fomoe_flwr.layout import Layout
+from fomoe_flwr.model.state import State, StateSpec
+from fomoe_flwr.outer import OuterStep
+from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
+
+
+class TaskWriter:
+    """Writes the tasks of a run from the global weights and the outer state."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        spec: StateSpec,
+        state: State,
+        outer: OuterStep,
+        identity: RunIdentity,
+        probe: Tensor | None,
+    ) -> None:
+        self.settings = settings
+        self.spec = spec
+        self.state = state
+        self.outer = outer
+        self.identity = identity
+        self.probe = probe
+
+    def write(
+        self,
+        server_round: int,
+        layout: Layout,
+        nodes: Mapping[int, int],
+        memory: Memory,
+        keep_rounds: Sequence[int],
+    ) -> list[Message]:
+        """Make one message for each worker in `nodes` (worker -> node), in worker order.
+
+        `keep_rounds` are the rounds whose inner state workers must keep.
+        """
+        down = self.settings.wire.down
+        # One encoded vector for all workers that get the same part: it is uploaded once.
+        shared: dict[tuple[int, str], Array] = {}
+        messages = []
+        for worker in sorted(nodes):
+            residents = layout.of_worker(worker)
+            fragment = self._fragment_for(worker, server_round, layout, memory)
+            carried = self._moments_for(fragment, server_round)
+            header = TaskHeader(
+                settings=self.settings.to_dict(),
+                spec_digest=self.spec.digest(),
+                tokenizer_digest=self.identity.tokenizer_digest,
+                run_key=self.identity.key,
+                worker=worker,
+                server_round=server_round,
+                layout_digest=layout.digest(),
+                residents=residents,
+                keep_rounds=keep_rounds,
+                fragment=fragment,
+                moments=list(carried),
+                pooled_share=(
+                    memory.pooled_share() if self.settings.balance.form == "global" else None
+                ),
+                probe=[] if self.probe is None else self.probe.tolist(),
+            )
+            content = RecordDict({wire.TASK: header.record()})
+            part = self._part(fragment)
+            for name, values in {wire.WEIGHTS: self.state, **carried}.items():
+                spec = part if name == wire.WEIGHTS else part.parameters()
+                if (fragment, name) not in shared:
+                    shared[fragment, name] = wire.encode(spec.pack_shared(values), down)
+                experts = wire.encode(spec.pack_experts(values, residents), down)
+                content[name] = wire.arrays_of(shared[fragment, name], experts)
+            ttl = self.settings.federation.round_timeout_seconds
+            messages.append(Message(content, nodes[worker], MessageType.TRAIN, ttl=ttl))
+        return messages
+
+    def _part(self, fragment: int) -> StateSpec:
+        if fragment < 0:
+            return self.spec
+        return self.spec.fragment(fragment, self.settings.outer.fragments)
+
+    def _fragment_for(self, worker: int, server_round: int, layout: Layout, memory: Memory) -> int:
+        """Return the fragment that a worker lacks, or -1 where it needs its whole slice.
+
+        A worker whose reply counted has the rest on its disk, as long as its residents stay.
+        """
+        outer, before = self.settings.outer, memory.context.previous
+        if outer.fragments == 1 or server_round == 1 or worker not in memory.current:
+            return -1
+        if before is None or before.of_worker(worker) != layout.of_worker(worker):
+            return -1
+        return fragment_of_round(outer, server_round - 1)
+
+    def _moments_for(self, fragment: int, server_round: int) -> dict[str, State]:
+        """Return the moments that were averaged at the end of the round before."""
+        if server_round == 1:
+            return {}
+        names = moments_of_round(self.settings.outer, server_round - 1)
+        part = self._part(fragment)
+        wanted = [entry.key for entry in (*part.shared, *part.expert) if entry.is_parameter]
+        return {
+            name: self.outer.moments[name]
+            for name in names
+            if all(key in self.outer.moments[name] for key in wanted)
+        }
