@@ -44,6 +44,7 @@ def check(settings: Settings) -> None:
     _check_partitioned(settings)
     _check_outer(settings)
     _check_balance(settings)
+    _check_presence(settings)
     if settings.data.path and settings.data.dataset not in ("", *LOCAL_STREAMS):
         raise SettingsError(
             f"data.path={settings.data.path} and data.dataset={settings.data.dataset} contradict "
@@ -54,6 +55,27 @@ def check(settings: Settings) -> None:
             f"federation.min_workers={settings.federation.min_workers} needs layout.num_workers >= "
             f"{settings.federation.min_workers} (got {settings.layout.num_workers})"
         )
+
+
+def _check_presence(settings: Settings) -> None:
+    layout, start = settings.layout, settings.federation.start_workers
+    if start > layout.num_workers:
+        raise SettingsError(
+            f"federation.start_workers={start} needs layout.num_workers >= {start} "
+            f"(got {layout.num_workers})"
+        )
+    if 0 < start < layout.num_workers:
+        if not layout.rehome_after:
+            raise SettingsError(
+                f"federation.start_workers={start} begins without some workers: "
+                "layout.rehome_after=0 must be >= 1, so that others hold their experts"
+            )
+        if layout.capacity_reported:
+            raise SettingsError(
+                f"federation.start_workers={start} begins without some workers, but "
+                "layout.capacity_reported=True needs the memory of all: use "
+                "federation.start_workers=0"
+            )
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

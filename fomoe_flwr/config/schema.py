@@ -103,6 +103,13 @@ class LayoutSettings:
     """Experts of each layer for each worker, e.g. [12,8,8,4]; they add up to experts * overlap."""
     capacity_gib: list[float] = field(default_factory=list)
     """Memory of each worker for its training state; the numbers of residents follow from it."""
+    capacity_reported: bool = False
+    """Take that memory from what nodes report: their `capacity-gib`, or what they measure."""
+    capacity_share: float = _number(0.5, above=0, at_most=1)
+    """Part of a measured memory that the training state may take; the rest is for activations."""
+    rehome_after: int = _number(2, at_least=0)
+    """Rounds in a row without a reply that counts, or without a node, after which a worker's
+    experts find other homes; 0 means never."""
     path: str = ""
     """File of an `explicit` layout."""
 
@@ -219,6 +226,9 @@ class FederationSettings:
     """Patience, quorum, and what the simulation engine gives each worker."""
 
     min_workers: int = _number(1, at_least=1)
+    """Replies that a round needs."""
+    start_workers: int = _number(0, at_least=0)
+    """Workers that must have a node before the first round; 0 means all. The others may join."""
     cpus_per_worker: int = _number(1, at_least=1)
     gpus_per_worker: float = _number(0.0, at_least=0)
     round_timeout_seconds: float = _number(3600, above=0)

@@ -20,7 +20,8 @@ from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.wire import TaskHeader, WireError
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.state import StateSpec
-from fomoe_flwr.worker import RoundResult, RoundTask, run_round
+from fomoe_flwr.node_memory import capacity_gib
+from fomoe_flwr.worker import RoundResult, RoundTask, pick_device, run_round
 from fomoe_flwr.worker_cache import CACHE
 
 
@@ -42,7 +43,12 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
     worker = int(context.node_config.get("partition-id", -1))
     if 0 <= worker < settings.layout.num_workers:
         CACHE.batches(_node_data(settings, worker, text, context), 0)
-    return RecordDict({wire.SETUP: wire.json_record({"worker": worker})})
+    answer: dict[str, Any] = {"worker": worker}
+    if settings.layout.capacity_reported:
+        granted = context.node_config.get("capacity-gib")
+        device = pick_device(settings.local.device)
+        answer["capacity_gib"] = capacity_gib(granted, settings.layout.capacity_share, device)
+    return RecordDict({wire.SETUP: wire.json_record(answer)})
 
 
 def answer_task(content: RecordDict, context: Context) -> RecordDict:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.config import LayoutSettings
+from fomoe_flwr.federation.attendance import Attendance
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.layout import LayoutContext
 
@@ -20,6 +21,7 @@ class Memory:
 
     context: LayoutContext
     """What the next layout depends on."""
+    attendance: Attendance
     current: set[int] = field(default_factory=set)
     """Workers whose reply counted in the round before: their disks hold what they sent."""
     load: Tensor | None = None
@@ -28,6 +30,7 @@ class Memory:
     def note(self, settings: LayoutSettings, record: RoundRecord) -> None:
         """Take in a round whose outer step is done."""
         self.current = set(record.replies)
+        self.attendance.note(record.server_round, record.played, record.sent, record.replies)
         self.load = record.load
         self.context = self.context.after(
             settings, record.server_round, record.layout, record.load.tolist()
@@ -47,11 +50,15 @@ class Memory:
             "current_workers": sorted(self.current),
             "load": None if self.load is None else self.load.tolist(),
             "layout_context": self.context.to_json(),
+            "attendance": self.attendance.to_json(),
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Memory:
+    def from_json(cls, data: Mapping[str, Any], settings: LayoutSettings) -> Memory:
         """Read what `to_json` wrote."""
         load = None if data["load"] is None else torch.tensor(data["load"])
         context = LayoutContext.from_json(data["layout_context"])
-        return cls(context, set(data["current_workers"]), load)
+        attendance = Attendance.from_json(
+            data["attendance"], settings.num_workers, settings.rehome_after
+        )
+        return cls(context, attendance, set(data["current_workers"]), load)

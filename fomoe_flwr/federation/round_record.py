@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.federation.replies import Reply
-from fomoe_flwr.layout import Layout
+from fomoe_flwr.layout import Layout, Rehomed
 from fomoe_flwr.model.router_probe import RoutingCounts
 
 
@@ -19,6 +19,16 @@ class RoundRecord:
 
     server_round: int
     layout: Layout
+    played: frozenset[int] = frozenset()
+    """Workers that had a node."""
+    sent: frozenset[int] = frozenset()
+    """Workers that were to get a task."""
+    absent: tuple[int, ...] = ()
+    """Workers that are away and hold nothing."""
+    moved_experts: int = 0
+    """(layer, worker, expert) residencies that the round before did not have."""
+    rehomed: Rehomed | None = None
+    """What it took to make do without those away, or to give those back their share."""
     started: float = field(default_factory=time.monotonic)
     counts: dict[int, RoutingCounts] = field(default_factory=dict)
     """Routing counts of every worker whose reply was folded."""

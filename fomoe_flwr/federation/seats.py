@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from logging import WARNING
+from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
@@ -23,6 +24,7 @@ from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.model.state import StateSpec
 
 POLL_SECONDS = 0.1
+_MOST_GIB = 2.0**40
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Seats:
         self.spec = spec
         self.identity = identity
         self.worker_of_node: dict[int, int] = {}
+        self.capacity_gib: dict[int, float] = {}
+        """Memory of every worker as its node last reported it, with `layout.capacity_reported`."""
         self._refused: dict[int, str] = {}
         self._asked: dict[str, int] = {}
 
@@ -99,7 +103,9 @@ class Seats:
     def _seat(self, node: int, reply: Message) -> None:
         if reply.has_error():
             raise WireError(f"{reply.error.reason} (Flower error {reply.error.code})")
-        wanted = wire.json_in(reply.content, wire.SETUP).get("worker")
+        answer = wire.json_in(reply.content, wire.SETUP)
+        wanted: Any = answer.get("worker")
+        gib: Any = answer.get("capacity_gib")
         missing = self.missing_workers()
         if not isinstance(wanted, int) or wanted < 0:
             if not missing:
@@ -110,6 +116,11 @@ class Seats:
                 f"asks for worker {wanted}, which is taken or outside "
                 f"layout.num_workers={self.settings.layout.num_workers}"
             )
+        if self.settings.layout.capacity_reported:
+            is_number = isinstance(gib, int | float) and not isinstance(gib, bool)
+            if not (is_number and 0 < gib < _MOST_GIB):
+                raise WireError(f"reports capacity_gib={gib}, a number > 0 is needed")
+            self.capacity_gib[wanted] = float(gib)
         self.worker_of_node[node] = wanted
 
     def missing_workers(self) -> list[int]:

@@ -295,6 +295,10 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
         "round/outer_seconds": record.outer_seconds,
         "layout/digest": record.layout.digest(),
+        "layout/absent_workers": list(record.absent),
+        "layout/moved_experts": record.moved_experts,
+        "layout/rehomed_experts": record.rehomed.moved if record.rehomed else 0,
+        "layout/rehomed_lower_bound": record.rehomed.lower_bound if record.rehomed else 0,
     }
 
 

@@ -8,7 +8,7 @@ outer step. It evaluates, saves and prints nothing: the server hangs that on `on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
@@ -20,16 +20,17 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fomoe_flwr.config import Settings
-from fomoe_flwr.costs import layout_context
+from fomoe_flwr.costs import expert_room, layout_context
 from fomoe_flwr.errors import RunError, one_line
 from fomoe_flwr.federation import wire
+from fomoe_flwr.federation.attendance import Attendance
 from fomoe_flwr.federation.memory import Memory
 from fomoe_flwr.federation.replies import ReplyReader, RoundMeans
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.seats import RunIdentity, Seats, push, wait
 from fomoe_flwr.federation.tasks import TaskWriter
 from fomoe_flwr.federation.wire import WireError
-from fomoe_flwr.layout import Layout, draw_layout
+from fomoe_flwr.layout import Layout, Rehomed, check_layout, draw_layout, settle
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.outer import OuterStep
 
@@ -81,16 +82,34 @@ class FoMoEStrategy(Strategy):
         self.keep_rounds = keep_rounds
         self._tasks = TaskWriter(settings, spec, state, outer, identity, probe)
         self._reader = ReplyReader(settings, spec, probe)
-        self._memory = Memory(layout_context(settings))
+        layout = settings.layout
+        self._memory = Memory(
+            layout_context(settings), Attendance(layout.num_workers, layout.rehome_after)
+        )
         self._round = RoundRecord(0, self.layout(max(1, first_round)))
         self._sent: dict[str, int] = {}
 
     def layout(self, server_round: int) -> Layout:
-        """Return the layout of the round to come.
+        """Return the layout of the round to come, should the workers be there that are expected.
 
-        A function of settings, seed, round and, where the kind of layout asks for it, of what was
-        measured before.
+        A function of settings, seed, round, of who was there before and, where the kind of layout
+        asks for it, of what was measured.
         """
+        return self._settle(server_round, self._memory.attendance.expected()).layout
+
+    def _settle(self, server_round: int, present: Collection[int]) -> Rehomed:
+        settings, context = self.settings.layout, self._memory.context
+        drawn = self._draw(server_round)
+        is_full = server_round <= settings.warm_rounds
+        try:
+            overlap = settings.num_workers if is_full else None
+            return settle(drawn, present, settings, context, overlap)
+        except ValueError as error:
+            # Its experts keep their value here until somebody can train them again.
+            log(WARNING, "round %s: experts of absent workers wait: %s", server_round, error)
+            return Rehomed(drawn, moved=0, lower_bound=0, short=0)
+
+    def _draw(self, server_round: int) -> Layout:
         settings, model = self.settings, self.settings.model
         if server_round <= settings.layout.warm_rounds:
             return Layout.full(model.num_layers, model.num_experts, settings.layout.num_workers)
@@ -143,13 +162,30 @@ class FoMoEStrategy(Strategy):
         self.summary()
         last = self.settings.rounds if num_rounds is None else num_rounds
         self.seats.gather(grid)
-        if missing := self.seats.missing_workers():
-            raise FederationError(self.seats.explain_missing(missing))
+        self._begin()
         for server_round in range(self.first_round, last + 1):
             metrics = self._run_round(server_round, grid, timeout)
             if metrics is not None:
                 result.evaluate_metrics_serverapp[server_round] = metrics
         return result
+
+    def _begin(self) -> None:
+        """See that those are there without whom the run cannot begin, and learn what they hold."""
+        attendance = self._memory.attendance
+        expected = attendance.expected()
+        missing = [worker for worker in self.seats.missing_workers() if worker in expected]
+        needed = self.settings.federation.start_workers
+        may_join = 0 < needed <= len(self.seats.worker_of_node) and self.first_round == 1
+        if missing and not may_join:
+            raise FederationError(self.seats.explain_missing(missing))
+        attendance.leave(missing)
+        layout, model = self.settings.layout, self.settings.model
+        if layout.capacity_reported and not self._memory.context.room:
+            gib = [self.seats.capacity_gib[worker] for worker in range(layout.num_workers)]
+            context = replace(self._memory.context, room=expert_room(self.settings, gib))
+            check_layout(layout, model.num_layers, model.num_experts, context)
+            self._memory.context = context
+            log(INFO, "workers report %s GiB, room for %s experts of a layer", gib, context.room)
 
     def _run_round(
         self, server_round: int, grid: Grid, timeout: float | None
@@ -171,14 +207,57 @@ class FoMoEStrategy(Strategy):
         """Make one message per worker that has a node: shared parameters plus its residents."""
         del arrays, config
         self.seats.meet(grid)
-        layout = self.layout(server_round)
-        self._round = RoundRecord(server_round, layout)
         nodes = self.seats.node_of_worker()
+        record = self._round = self._open_round(server_round, nodes)
+        for worker in record.absent:
+            record.failures[worker] = "away after too many missed rounds"
         for worker in range(self.settings.layout.num_workers):
             if worker not in nodes:
-                self._round.failures[worker] = "no node plays this worker"
+                record.failures[worker] = "no node plays this worker"
+        nodes = {worker: nodes[worker] for worker in record.sent}
         # A list, not a generator: Flower's HTTP grid walks it twice.
-        return self._tasks.write(server_round, layout, nodes, self._memory, self.keep_rounds())
+        return self._tasks.write(
+            server_round, record.layout, nodes, self._memory, self.keep_rounds()
+        )
+
+    def _open_round(self, server_round: int, played: Collection[int]) -> RoundRecord:
+        """Settle who takes part and who holds what; say so where it is not as before."""
+        memory = self._memory
+        self._refresh_room(played)
+        present = memory.attendance.present(server_round, played)
+        rehomed = self._settle(server_round, present)
+        layout, before = rehomed.layout, memory.context.previous
+        absent = tuple(w for w in range(layout.num_workers) if w not in present)
+        if rehomed.moved:
+            log(
+                INFO,
+                "round %s: %s experts re-homed (lower bound %s, no room for %s), workers away: %s",
+                server_round,
+                rehomed.moved,
+                rehomed.lower_bound,
+                rehomed.short,
+                list(absent),
+            )
+        return RoundRecord(
+            server_round,
+            layout,
+            played=frozenset(played),
+            sent=frozenset(present).intersection(played),
+            absent=absent,
+            moved_experts=0 if before is None else layout.moved_from(before),
+            rehomed=rehomed,
+        )
+
+    def _refresh_room(self, played: Collection[int]) -> None:
+        """Learn anew what fits a worker that comes back: its node may be another one."""
+        context, away = self._memory.context, self._memory.attendance.missed
+        back = [worker for worker in played if worker in away]
+        if not self.settings.layout.capacity_reported or not back:
+            return
+        room = list(context.room)
+        for worker in back:
+            (room[worker],) = expert_room(self.settings, [self.seats.capacity_gib[worker]])
+        self._memory.context = replace(context, room=tuple(room))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -239,7 +318,7 @@ class FoMoEStrategy(Strategy):
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Take the memory of a checkpoint."""
-        self._memory = Memory.from_json(memory)
+        self._memory = Memory.from_json(memory, self.settings.layout)
 
     def _take(self, message: Message, worker: int, means: RoundMeans) -> None:
         """Read a reply, then fold it; what cannot be read changes nothing. Raises WireError."""

@@ -141,16 +141,19 @@ def _rings(
 def _check_keys(settings: LayoutSettings) -> None:
     """Refuse keys that say nothing for the kind, or contradict each other."""
     kind = settings.kind
-    for key in ("residents", "capacity_gib"):
+    for key in ("residents", "capacity_gib", "capacity_reported"):
         if getattr(settings, key) and kind in ("fixed", "explicit"):
             raise SettingsError(
                 f"layout.{key} has no meaning for layout.kind={kind}: use layout.kind=weighted "
                 f"(or {', '.join(_MOVING)})"
             )
-    if settings.residents and settings.capacity_gib:
-        raise SettingsError(
-            "layout.residents and layout.capacity_gib contradict each other: give one of them"
-        )
+    given = [
+        f"layout.{key}"
+        for key in ("residents", "capacity_gib", "capacity_reported")
+        if getattr(settings, key)
+    ]
+    if len(given) > 1:
+        raise SettingsError(f"{' and '.join(given)} contradict each other: give one of them")
     if settings.path and kind != "explicit":
         raise SettingsError(
             f"layout.path={settings.path} has no meaning for layout.kind={kind}: use "

@@ -38,13 +38,17 @@ def unequal_shares(
     if settings.residents:
         _check_residents(settings, num_experts)
         return list(settings.residents)
-    if settings.capacity_gib or (settings.kind == "weighted" and context.room):
+    if settings.capacity_reported and not context.room:
+        # Before nodes have reported: the cost model, and the checks before a run.
+        return None
+    if settings.capacity_gib or context.room:
         return _shares_of_room(settings, num_experts, context)
     if settings.kind == "weighted":
         even = _nearest([0] * settings.num_workers, num_experts * settings.overlap, num_experts)
         raise SettingsError(
             f"layout.kind=weighted needs layout.residents, the experts of a layer for each worker "
-            f"(e.g. {_listed(even)}), or layout.capacity_gib, the memory of each worker"
+            f"(e.g. {_listed(even)}), or layout.capacity_gib, the memory of each worker, or "
+            "layout.capacity_reported=true"
         )
     return None
 
@@ -112,7 +116,7 @@ def _shares_of_room(
         if most < 1:
             raise SettingsError(
                 f"worker {worker} has no room for one expert of each layer beside the shared "
-                f"parameters: raise layout.capacity_gib[{worker}] or leave the worker out"
+                f"parameters: raise {_capacity_key(settings, worker)} or leave the worker out"
             )
     limits = [min(most, num_experts) for most in room]
     needed = num_experts * settings.overlap
@@ -122,9 +126,16 @@ def _shares_of_room(
         raise SettingsError(
             f"the workers have room for {_listed(limits)} experts of a layer, {sum(limits)} "
             f"together; model.num_experts={num_experts} * layout.overlap={settings.overlap} = "
-            f"{needed} are needed: {advice} layout.capacity_gib"
+            f"{needed} are needed: {advice} {_capacity_key(settings)}"
         )
     return share_out(needed, room, num_experts, range(workers))
+
+
+def _capacity_key(settings: LayoutSettings, worker: int | None = None) -> str:
+    """Name what to change: a setting, or what nodes report."""
+    if settings.capacity_reported:
+        return "the capacity-gib of its node" if worker is not None else "capacity-gib of nodes"
+    return "layout.capacity_gib" + ("" if worker is None else f"[{worker}]")
 
 
 def _nearest(wanted: Sequence[int], total: int, most: int) -> list[int]:

@@ -1,0 +1,41 @@
+"""A node's memory: what its operator grants for training state, or a share of what it has."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from fomoe_flwr.errors import InputError
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def capacity_gib(granted: Any, share: float, device: torch.device) -> float:
+    """Return the GiB for a worker's training state: `granted` if there is a grant.
+
+    Otherwise `share` of the device's memory: the GPU's, or that of the machine (or its container).
+    Raises InputError for a grant that is not a finite number > 0.
+    """
+    if granted is None:
+        return share * _memory_bytes(device) / 2**30
+    try:
+        gib = float(granted)
+    except (TypeError, ValueError):
+        gib = math.nan
+    if not (math.isfinite(gib) and gib > 0):
+        raise InputError(f"capacity-gib={granted} of this node must be a finite number > 0")
+    return gib
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int(_CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return total
