@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,9 +22,8 @@ FIRST_NODE = 2
 
 
 @pytest.fixture(autouse=True)
-def _made_up_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _made_up_data(monkeypatch: pytest.MonkeyPatch) -> None:
     use_made_up_data(monkeypatch)
-    yield
 
 
 class Elastic(CountingGrid):
