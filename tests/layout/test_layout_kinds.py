@@ -160,7 +160,8 @@ def test_a_weighted_layout_is_one_ring_not_islands(residents: list[int], experts
         (
             {},
             "layout.kind=weighted needs layout.residents, the experts of a layer for each worker "
-            "(e.g. [8,8,8,8]), or layout.capacity_gib, the memory of each worker",
+            "(e.g. [8,8,8,8]), or layout.capacity_gib, the memory of each worker, or "
+            "layout.capacity_reported=true",
         ),
         (
             {"residents": [8, 8, 8, 8], "capacity_gib": [1.0] * 4},
