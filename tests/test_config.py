@@ -355,7 +355,7 @@ def test_conf_and_dataclasses_know_the_same_keys() -> None:
     known = set(known_keys(Settings()))
     for path in conf_dir().rglob("*.yaml"):
         group = path.parent.relative_to(conf_dir()).as_posix()
-        is_global = group in ("preset", "experiment", ".")
+        is_global = group in ("preset", "experiment", "paper", ".")
         content = OmegaConf.to_container(OmegaConf.load(path)) or {}
         assert isinstance(content, dict)
         content.pop("defaults", None)

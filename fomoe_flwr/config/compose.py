@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from fomoe_flwr.config.checks import SettingsError, check, did_you_mean
+from fomoe_flwr.config.paper_rows import ROWS
 from fomoe_flwr.config.schema import Settings
 from fomoe_flwr.errors import one_line
 
@@ -35,6 +36,10 @@ RESUMABLE_KEYS = (
     "local.threads",
 )
 """What may change when a run is resumed; everything else is the run's identity."""
+
+
+_MOST_NAMED = 20
+"""Choices of a group that an error lists."""
 
 
 def conf_dir() -> Path:
@@ -132,9 +137,10 @@ def _composed(overrides: list[str]) -> Settings:
 def _unknown_choice(error: MissingConfigException) -> SettingsError:
     group, _, choice = str(error.missing_cfg_file).partition("/")
     options = sorted(str(option) for option in error.options or [])
-    return SettingsError(
-        f"{group}={choice} is not one of {', '.join(options)}{did_you_mean(choice, options)}"
-    )
+    near = did_you_mean(choice, options)
+    if len(options) > _MOST_NAMED:
+        options = [*options[:_MOST_NAMED], f"... ({len(options)} in all)"]
+    return SettingsError(f"{group}={choice} is not one of {', '.join(options)}{near}")
 
 
 def _override_error(error: Exception) -> SettingsError:
@@ -179,3 +185,8 @@ def _stored(resume: str, overrides: list[str]) -> Settings:
 
 
 ConfigStore.instance().store(name="settings", node=Settings)
+for _row in ROWS:
+    # So many files would differ in five numbers.
+    ConfigStore.instance().store(
+        group="paper", name=_row.name, package="_global_", node=_row.node()
+    )
