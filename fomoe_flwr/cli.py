@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         help="workers, overlap, layout and local steps for given sites and a model",
         description="Minimise the time to a token budget (costs.tokens) within the sites' memory. "
         "The sites file: a list `sites` with name, memory_gib, teraflops, up_mbps and down_mbps of "
-        "each, and if need be latency_seconds and mfu; and server_mbps.",
+        "each, and if need be latency_seconds, mfu and state_gb_per_second; and server_mbps.",
     )
     plan.add_argument("sites", type=Path, metavar="SITES.yaml")
     plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE|FILE.yaml")

@@ -247,6 +247,8 @@ class CostSettings:
     """Peak of all accelerators of a site together, in 10^12 FLOP/s."""
     mfu: float = _number(0.4, above=0, at_most=1)
     """Share of that peak that training reaches."""
+    state_gb_per_second: float = _number(0.0, at_least=0)
+    """How fast the optimizer passes over the training state, 10^9 B/s; 0 means in no time."""
     up_mbps: float = _number(1000.0, above=0)
     """A site's link to the others, in 10^6 bit/s."""
     down_mbps: float = _number(1000.0, above=0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from fomoe_flwr.config import Settings
 from fomoe_flwr.costs.counts import ParameterCounts, parameter_counts, resident_counts
 from fomoe_flwr.costs.duration import RoundSeconds, ring_seconds, site_of, star_seconds
 from fomoe_flwr.costs.flops import TokenFlops, executed_experts, token_flops
-from fomoe_flwr.costs.memory import layout_context
+from fomoe_flwr.costs.memory import layout_context, state_bytes
 from fomoe_flwr.costs.topology import ring_factor
 from fomoe_flwr.costs.traffic import (
     RoundBytes,
@@ -29,6 +29,7 @@ class Case:
     """One run under the costs' assumptions: each part is worked out once, when it is asked for."""
 
     settings: Settings
+    _flops: dict[float, TokenFlops] = field(default_factory=dict, repr=False)
 
     @cached_property
     def layout(self) -> Layout:
@@ -100,7 +101,10 @@ class Case:
 
     def flops(self, executed: float) -> TokenFlops:
         """Return the FLOPs of a token for which so many experts run."""
-        return token_flops(self.settings.model, self.settings.data.sequence_length, executed)
+        if executed not in self._flops:
+            length = self.settings.data.sequence_length
+            self._flops[executed] = token_flops(self.settings.model, length, executed)
+        return self._flops[executed]
 
     @cached_property
     def whole_flops(self) -> TokenFlops:
@@ -131,22 +135,29 @@ class Case:
         around_holders = 0 if is_one_ring else 2 * (holders - 1)
         return 2 * (self.layout.num_workers - 1) + around_holders
 
+    def step_seconds(self, worker: int, is_full: bool = False) -> float:
+        """Return the time of an optimizer step on a worker, or on a full replica."""
+        executed = self.settings.model.top_k if is_full else self.executed[worker]
+        held = self.counts.total if is_full else self.resident[worker]
+        return site_of(self.settings.costs).step_seconds(
+            self.worker_step_tokens * self.flops(executed).train,
+            held * state_bytes(self.settings),
+        )
+
     def seconds(self, sent: RoundBytes, steps: int, is_full: bool) -> RoundSeconds:
         """Return the time of one synchronisation after so many steps."""
-        costs, workers = self.settings.costs, self.layout.num_workers
-        sites = [site_of(costs)] * workers
-        tokens = steps * self.worker_step_tokens
-        executed = [float(self.settings.model.top_k)] * workers if is_full else self.executed
-        by_share = {share: tokens * self.flops(share).train for share in set(executed)}
-        flops = [by_share[share] for share in executed]
+        costs, workers = self.settings.costs, range(self.layout.num_workers)
+        sites = [site_of(costs)] * len(workers)
+        alike = self.step_seconds(0, is_full=True) if is_full else 0.0
+        compute = [steps * (alike or self.step_seconds(worker)) for worker in workers]
         if self.is_ring:
             stages = self.ring_stages(is_full)
-            return ring_seconds(sites, max(sent.up_per_worker), stages, flops, costs.hidden_share)
+            return ring_seconds(sites, max(sent.up_per_worker), stages, compute, costs.hidden_share)
         return star_seconds(
             sites,
             sent.down_per_worker,
             sent.up_per_worker,
-            flops,
+            compute,
             costs.server_mbps * 1e6 or math.inf,
             costs.hidden_share,
         )

@@ -13,13 +13,19 @@ from fomoe_flwr.config import CostSettings
 class Site:
     """What a site computes and what its link carries.
 
-    `flops_per_second` is what training reaches, not the peak.
+    `flops_per_second` is what training reaches, not the peak; `state_bytes_per_second` how fast the
+    optimizer passes over the training state, which it does once a step whatever the batch.
     """
 
     flops_per_second: float
     up_bits_per_second: float
     down_bits_per_second: float
     latency_seconds: float = 0.0
+    state_bytes_per_second: float = math.inf
+
+    def step_seconds(self, flops: float, state_bytes: float) -> float:
+        """Return the time of one optimizer step."""
+        return flops / self.flops_per_second + state_bytes / self.state_bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def site_of(costs: CostSettings) -> Site:
         costs.up_mbps * 1e6,
         costs.down_mbps * 1e6,
         costs.latency_seconds,
+        costs.state_gb_per_second * 1e9 or math.inf,
     )
 
 
@@ -59,7 +66,7 @@ def star_seconds(
     sites: Sequence[Site],
     down_bytes: Sequence[float],
     up_bytes: Sequence[float],
-    flops: Sequence[float],
+    compute_seconds: Sequence[float],
     server_bits_per_second: float = math.inf,
     hidden_share: float = 0.0,
 ) -> RoundSeconds:
@@ -72,14 +79,14 @@ def star_seconds(
     all_down, all_up = (8 * sum(sent) / server_bits_per_second for sent in (down_bytes, up_bytes))
     rounds = []
     for index, site in enumerate(sites):
-        down, up, work = down_bytes[index], up_bytes[index], flops[index]
+        down, up = down_bytes[index], up_bytes[index]
         latency = site.latency_seconds
         down_seconds = transfer_seconds(down, site.down_bits_per_second, latency)
         up_seconds = transfer_seconds(up, site.up_bits_per_second, latency)
         rounds.append(
             _round(
                 max(down_seconds, latency + all_down if down else 0.0),
-                work / site.flops_per_second,
+                compute_seconds[index],
                 max(up_seconds, latency + all_up if up else 0.0),
                 hidden_share,
                 index,
@@ -92,7 +99,7 @@ def ring_seconds(
     sites: Sequence[Site],
     sent_bytes: float,
     num_stages: int,
-    flops: Sequence[float],
+    compute_seconds: Sequence[float],
     hidden_share: float = 0.0,
 ) -> RoundSeconds:
     """Return the round of a ring all-reduce, paced by its slowest link and its slowest site.
@@ -101,7 +108,7 @@ def ring_seconds(
     """
     slowest = min(min(site.up_bits_per_second, site.down_bits_per_second) for site in sites)
     latency = num_stages * max(site.latency_seconds for site in sites)
-    compute = max(w / site.flops_per_second for w, site in zip(flops, sites, strict=True))
+    compute = max(compute_seconds)
     return _round(0.0, compute, transfer_seconds(sent_bytes, slowest, latency), hidden_share)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fomoe_flwr.costs.case import Case
 from fomoe_flwr.costs.duration import RoundSeconds
+from fomoe_flwr.costs.memory import state_bytes
 from fomoe_flwr.costs.sheet import Line, quotient
 
 
@@ -76,19 +77,21 @@ def time_lines(case: Case) -> list[Line]:
 def _step(case: Case, worker: int) -> Line:
     costs = case.settings.costs
     if case.is_ring:
-        worker = max(range(case.layout.num_workers), key=lambda each: case.executed[each])
+        worker = max(range(case.layout.num_workers), key=case.step_seconds)
     flops = case.flops(case.executed[worker]).train
+    optimizer = " + state_bytes / (state_gb_per_second * 1e9)" if costs.state_gb_per_second else ""
     tokens = case.worker_step_tokens
-    seconds = tokens * flops / (costs.site_teraflops * 1e12 * costs.mfu)
     return Line(
         "time/step_seconds",
-        seconds,
-        "tokens * flops_per_token / (site_teraflops * 1e12 * mfu)",
+        case.step_seconds(worker),
+        "tokens * flops_per_token / (site_teraflops * 1e12 * mfu)" + optimizer,
         {
             "tokens": tokens,
             "flops_per_token": flops,
             "site_teraflops": costs.site_teraflops,
             "mfu": costs.mfu,
+            "state_bytes": case.resident[worker] * state_bytes(case.settings),
+            "state_gb_per_second": costs.state_gb_per_second,
         },
         "s",
     )

@@ -138,7 +138,9 @@ class RoutingLog:
         part = self.spec.fragment(fragment_of_round(outer, record.server_round), outer.fragments)
         squares = torch.zeros(self.spec.num_layers, self.spec.num_experts, dtype=torch.float64)
         for entry in part.expert:
-            squares[layer_of(entry.key)] += state[entry.key].flatten(1).square().sum(1).double()
+            # A selection bias has one number an expert, and no second axis.
+            rows = state[entry.key].reshape(self.spec.num_experts, -1)
+            squares[layer_of(entry.key)] += rows.square().sum(1).double()
         assert record.disagreement is not None
         assert record.copies is not None
         drift = measure.expert_drift(record.disagreement, squares.sqrt(), record.copies)

@@ -56,6 +56,19 @@ class Candidate:
         return len(set(self.residents)) == 1
 
 
+@dataclass(frozen=True)
+class Work:
+    """What every worker does in a round."""
+
+    local_steps: int
+    step_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a round on one worker."""
+        return self.local_steps * self.step_tokens
+
+
 class Model:
     """The sizes that a plan needs, worked out once: they depend on the model, not on sites."""
 
@@ -98,11 +111,17 @@ class Model:
         held = self.shared + residents * self.per_expert
         return self.states * held + self.buffers / self.settings.outer.fragments
 
-    def site_seconds(self, site: NamedSite, residents: int, tokens: int) -> float:
+    def compute_seconds(self, site: NamedSite, residents: int, work: Work) -> float:
+        """Return how long a site trains in a round."""
+        flops = work.step_tokens * self.token_flops(residents)
+        return work.local_steps * site.site.step_seconds(flops, self.memory(residents))
+
+    def site_seconds(self, site: NamedSite, residents: int, work: Work) -> float:
         """Return how long a site alone takes for a round."""
         elements = self.elements(residents)
         down, up = [elements * self.down_bytes], [elements * self.up_bytes]
-        return star_seconds([site.site], down, up, [tokens * self.token_flops(residents)]).total
+        compute = [self.compute_seconds(site, residents, work)]
+        return star_seconds([site.site], down, up, compute).total
 
 
 def fit(
@@ -137,8 +156,8 @@ def fit(
             f"{num_experts} experts on {overlap} holders need {needed}"
         )
     micro, accumulate = _split_batch(settings.local.batch_size, math.ceil(batch / len(sites)))
-    round_tokens = micro * accumulate * settings.data.sequence_length * local_steps
-    residents = _place(model, sites, rooms, needed, round_tokens)
+    work = Work(local_steps, micro * accumulate * settings.data.sequence_length)
+    residents = _place(model, sites, rooms, needed, work)
     elements = [model.elements(held) for held in residents]
     down = [count * model.down_bytes for count in elements]
     up = [count * model.up_bytes for count in elements]
@@ -146,7 +165,7 @@ def fit(
         [each.site for each in sites],
         down,
         up,
-        [round_tokens * model.token_flops(held) for held in residents],
+        [model.compute_seconds(s, h, work) for s, h in zip(sites, residents, strict=True)],
         server_bits_per_second,
         settings.costs.hidden_share,
     )
@@ -158,7 +177,7 @@ def fit(
         batch_size=micro,
         accumulate=accumulate,
         round=seconds,
-        rounds=max(1, math.ceil(tokens / (round_tokens * len(sites)))),
+        rounds=max(1, math.ceil(tokens / (work.tokens * len(sites)))),
         memory_bytes=tuple(model.memory(held) for held in residents),
         bytes_per_round=sum(down) + sum(up),
     )
@@ -171,23 +190,23 @@ def with_full_replicas(settings: Settings) -> Settings:
 
 
 def _place(
-    model: Model, sites: Sequence[NamedSite], rooms: Sequence[int], needed: int, tokens: int
+    model: Model, sites: Sequence[NamedSite], rooms: Sequence[int], needed: int, work: Work
 ) -> list[int]:
     even, left = divmod(needed, len(sites))
     is_alike = len({(site.memory_bytes, site.site) for site in sites}) == 1
     if is_alike and not left:
         return [even] * len(sites)
     held = [1] * len(sites)
-    ends = [model.site_seconds(site, 2, tokens) for site in sites]
+    ends = [model.site_seconds(site, 2, work) for site in sites]
     for _ in range(needed - len(sites)):
         open_to = [worker for worker in range(len(sites)) if held[worker] < rooms[worker]]
         worker = min(open_to, key=lambda each: ends[each])
         held[worker] += 1
-        ends[worker] = model.site_seconds(sites[worker], held[worker] + 1, tokens)
+        ends[worker] = model.site_seconds(sites[worker], held[worker] + 1, work)
     # Where an even layout takes no longer, it is the better one: experts see as much data.
-    longest = max(model.site_seconds(s, h, tokens) for s, h in zip(sites, held, strict=True))
+    longest = max(model.site_seconds(s, h, work) for s, h in zip(sites, held, strict=True))
     if not left and all(even <= room for room in rooms):
-        evenly = max(model.site_seconds(site, even, tokens) for site in sites)
+        evenly = max(model.site_seconds(site, even, work) for site in sites)
         if evenly <= 1.01 * longest:
             return [even] * len(sites)
     return held

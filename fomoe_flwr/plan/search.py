@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fomoe_flwr.config import Settings, SettingsError
-from fomoe_flwr.plan.candidate import Candidate, Model, Unfit, fit, with_full_replicas
+from fomoe_flwr.plan.candidate import Candidate, Model, Unfit, Work, fit, with_full_replicas
 from fomoe_flwr.plan.sites import NamedSite, Sites
 
 PENALTY = {
@@ -117,8 +117,8 @@ def make_plan(settings: Settings, sites: Sites, bounds: Bounds) -> Plan:
                     break
                 fitting.append(result)
         found += fitting
-        share = bounds.max_local_steps * step_tokens // len(left)
-        left.remove(_hindrance(model, left, bool(fitting), share))
+        work = Work(bounds.max_local_steps, step_tokens // len(left))
+        left.remove(_hindrance(model, left, bool(fitting), work))
     if not found:
         raise SettingsError(_explain(model, sites, bounds))
     chosen = min(found, key=lambda each: (each.seconds, -each.overlap, each.local_steps))
@@ -140,11 +140,11 @@ def _steps(most: int) -> list[int]:
     return [*powers, most]
 
 
-def _hindrance(model: Model, left: Sequence[NamedSite], is_fitting: bool, tokens: int) -> NamedSite:
+def _hindrance(model: Model, left: Sequence[NamedSite], is_fitting: bool, work: Work) -> NamedSite:
     """Return the site that the others wait for longest, even if it holds next to nothing."""
     if not is_fitting:
         return min(left, key=lambda site: (model.room(site), site.memory_bytes))
-    return max(left, key=lambda site: model.site_seconds(site, 1, tokens))
+    return max(left, key=lambda site: model.site_seconds(site, 1, work))
 
 
 def _telling(found: Iterable[Candidate], chosen: Candidate) -> list[Candidate]:

@@ -16,7 +16,7 @@ from fomoe_flwr.costs import Site
 from fomoe_flwr.errors import one_line
 
 _REQUIRED = ("memory_gib", "teraflops", "up_mbps", "down_mbps")
-_OPTIONAL = {"latency_seconds": 0.05, "mfu": 0.4}
+_OPTIONAL = {"latency_seconds": 0.05, "mfu": 0.4, "state_gb_per_second": math.inf}
 _EXAMPLE = "{name: oslo, memory_gib: 80, teraflops: 400, up_mbps: 1000, down_mbps: 1000}"
 
 
@@ -42,7 +42,8 @@ def read_sites(path: Path) -> Sites:
 
     Its keys: `sites`, a list with `name`, `memory_gib`, `teraflops` (peak of all accelerators of
     the site, 10^12 FLOP/s), `up_mbps` and `down_mbps` (10^6 bit/s), and if need be
-    `latency_seconds` and `mfu`; and `server_mbps`, if the server's link can hold anybody up.
+    `latency_seconds`, `mfu` and `state_gb_per_second` (the optimizer's pass over the training
+    state); and `server_mbps`, if the server's link can hold anybody up.
     """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -74,7 +75,7 @@ def _site(entry: Any, index: int, path: Path) -> NamedSite:
             raise SettingsError(f"{place} has no {key}; an entry has at least {_EXAMPLE}")
     values = {key: _number(entry[key], key, place) for key in _REQUIRED}
     for key, default in _OPTIONAL.items():
-        values[key] = _number(entry.get(key, default), key, place)
+        values[key] = _number(entry[key], key, place) if key in entry else default
     return NamedSite(
         name=str(entry.get("name", f"site-{index}")),
         memory_bytes=values["memory_gib"] * 2**30,
@@ -83,6 +84,7 @@ def _site(entry: Any, index: int, path: Path) -> NamedSite:
             values["up_mbps"] * 1e6,
             values["down_mbps"] * 1e6,
             values["latency_seconds"],
+            values["state_gb_per_second"] * 1e9,
         ),
     )
 

@@ -15,7 +15,12 @@ CASES = [
     ["outer=local_adamw", "wire.up=bfloat16"],
     ["outer=des_loc", "outer.fragments=2", "layout.overlap=1"],
     ["outer=nesterov", "layout=random", "outer.fragments=4"],
-    ["layout=weighted", "costs.server_mbps=200", "costs.hidden_share=0.5"],
+    [
+        "layout=weighted",
+        "costs.server_mbps=200",
+        "costs.hidden_share=0.5",
+        "costs.state_gb_per_second=10",
+    ],
     ["model=deepseek-v3-tiny", "layout.num_workers=3", "model.routing=partitioned"],
     ["model=fomoe-tiny", "costs.topology=ring", "layout=random", "costs.resident_share=0.7"],
     ["costs.topology=ring", "layout=rolling", "outer=local_adamw", "costs.tokens=1e9"],
@@ -81,6 +86,7 @@ def test_local_adamw_sends_three_times_what_diloco_does() -> None:
         ("costs.site_teraflops", [0.001, 1, 1000]),
         ("costs.mfu", [0.1, 0.4, 1]),
         ("costs.hidden_share", [0, 0.3, 1]),
+        ("costs.state_gb_per_second", [1, 10, 100]),
     ],
 )
 def test_better_sites_never_take_longer(topology: str, key: str, values: list[float]) -> None:

@@ -146,6 +146,14 @@ def test_drift_needs_two_copies_and_a_layer_that_was_sent() -> None:
     assert "moe/expert_drift" not in metrics
 
 
+@pytest.mark.parametrize("model", ["deepseek-v3-tiny", "glm4-moe-tiny", "fomoe-tiny"])
+def test_drift_is_measured_where_selection_biases_travel_with_their_experts(model: str) -> None:
+    bench = Bench(f"model={model}", "model.routing=partitioned")
+    assert any(entry.key.endswith("_bias") for entry in bench.spec.expert)
+    metrics, _ = bench.close(bench.record())
+    assert metrics["moe/expert_drift"] > 0
+
+
 def test_churn_compares_with_the_round_before() -> None:
     bench = Bench()
     metrics, _ = bench.close(bench.record())

@@ -32,13 +32,13 @@ from fomoe_flwr.plan import (
     read_sites,
     show_plan,
 )
-from fomoe_flwr.plan.candidate import Model
+from fomoe_flwr.plan.candidate import Model, Work
 
 GIB = 2**30
 
 
 def site(name: str, gib: float = 1.0, tera: float = 1.0, mbps: float = 100.0) -> NamedSite:
-    return NamedSite(name, gib * GIB, Site(tera * 1e12, mbps * 1e6, mbps * 1e6, 0.01))
+    return NamedSite(name, gib * GIB, Site(tera * 1e12, mbps * 1e6, mbps * 1e6, 0.01, 50e9))
 
 
 FOUR = Sites(tuple(site(name) for name in "abcd"))
@@ -73,12 +73,19 @@ def test_the_planned_run_costs_what_the_plan_says() -> None:
     held = costs.resident_counts(settings.model, layout)
     assert [costs.memory_bytes(n, "adamw") for n in held] == list(plan.chosen.memory_bytes)
     executed = costs.executed_experts(settings.model, layout)
-    tokens = settings.local.steps * settings.local.batch_size * settings.local.accumulate * 128
+    tokens = settings.local.batch_size * settings.local.accumulate * 128
     expected = costs.star_seconds(
         [each.site for each in plan.chosen.sites],
         sent.down_per_worker,
         sent.up_per_worker,
-        [tokens * costs.token_flops(settings.model, 128, share).train for share in executed],
+        [
+            settings.local.steps
+            * each.site.step_seconds(
+                tokens * costs.token_flops(settings.model, 128, share).train,
+                costs.memory_bytes(count, "adamw"),
+            )
+            for each, share, count in zip(plan.chosen.sites, executed, held, strict=True)
+        ],
     )
     assert plan.chosen.round.total == pytest.approx(expected.total)
     assert settings.rounds == plan.chosen.rounds
@@ -99,11 +106,11 @@ def test_no_other_placement_ends_sooner(sites: Sequence[NamedSite]) -> None:
     assert isinstance(found, Candidate)
     assert sum(found.residents) == 16
     rooms = [model.room(each) for each in sites]
-    tokens = found.batch_size * found.accumulate * 128 * 16
+    work = Work(16, found.batch_size * found.accumulate * 128)
     best = math.inf
     for counts in itertools.product(*(range(1, room + 1) for room in rooms)):
         if sum(counts) == 16:
-            ends = [model.site_seconds(s, n, tokens) for s, n in zip(sites, counts, strict=True)]
+            ends = [model.site_seconds(s, n, work) for s, n in zip(sites, counts, strict=True)]
             best = min(best, max(ends))
     # An even layout is taken where it costs no more than one hundredth.
     assert found.round.total <= 1.01 * best
