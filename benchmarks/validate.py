@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -115,6 +116,8 @@ ROUNDS = (
     f"{PAIR} layout.overlap=1 local.steps=4 model.vocab_size=4096 wire.up=bfloat16 "
     "outer=local_adamw",
 )
+STEPS = 3
+"""Optimizer steps that are timed in one go."""
 RATES = (10.0, 100.0, 1000.0)
 LATENCY_SECONDS = 0.03
 GOODPUT = 1448 / 1514
@@ -187,10 +190,10 @@ class LocalWorker:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.gradient_bytes = sum(each.numel() * each.element_size() for each in gradients)
 
-    def step_seconds(self) -> float:
-        """Train `local.steps` steps; return the mean of one."""
+    def train(self) -> None:
+        """Train `local.steps` steps."""
         settings = self.settings
-        done = train(
+        train(
             self.model,
             self.probe,
             self.optimizer,
@@ -202,7 +205,6 @@ class LocalWorker:
             total_steps=100,
             device=torch.device("cpu"),
         )
-        return done.seconds / settings.local.steps
 
     def state_bytes(self) -> int:
         """Return the bytes of weights, gradients and moments."""
@@ -266,13 +268,13 @@ def measure_memory(words: str) -> None:
     """Print the training state and the growth of this process while it trains."""
     # Libraries and their buffers come first. What this frees would be used again, so it is tiny.
     warm = settings_of("layout.overlap=1 local.steps=1")
-    LocalWorker(warm, first_layout(warm).of_worker(0)).step_seconds()
+    LocalWorker(warm, first_layout(warm).of_worker(0)).train()
     settings = settings_of(f"{words} local.steps=2")
     residents = first_layout(settings).of_worker(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     worker = LocalWorker(settings, residents)
-    worker.step_seconds()
+    worker.train()
     print(json.dumps({"state": worker.state_bytes(), "growth": status("VmHWM") - before}))
 
 
@@ -283,40 +285,61 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
+@dataclass(frozen=True)
+class TimedCase:
+    """A worker to time, with the work of its step."""
+
+    words: str
+    worker: LocalWorker
+    flops: float
+    state_bytes: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return statistics.median(self.seconds)
+
+
 def check_steps(repeats: int) -> Iterable[Row]:
-    rates = calibrate(repeats)
+    """Time all cases in turn, so that a machine whose speed drifts does so for all of them.
+
+    With one thread the CPU's time is the time that a step takes where nobody else works.
+    """
+    cases = [timed_case(words) for words in (*CALIBRATION, *PREDICTED)]
+    for _ in range(repeats):
+        for case in cases:
+            started = time.process_time()
+            case.worker.train()
+            case.seconds.append((time.process_time() - started) / STEPS)
+    rates = calibrate(cases[: len(CALIBRATION)])
     print(
         f"calibrated: {rates.flops_per_second / 1e9:.4g} GFLOP/s, optimizer "
         f"{rates.state_bytes_per_second / 1e9:.4g} GB/s",
         flush=True,
     )
-    for words in PREDICTED:
-        worker, flops, state = timed_case(words)
-        told = rates.step_seconds(flops, state)
-        yield Row("step", label(words), told, median_step(worker, repeats), "s", 0.15)
+    for number, case in enumerate(cases):
+        what = "step" if number >= len(CALIBRATION) else "step (calibration)"
+        told = rates.step_seconds(case.flops, case.state_bytes)
+        yield Row(what, label(case.words), told, case.median, "s", 0.15)
 
 
-def calibrate(repeats: int) -> costs.Site:
-    """Measure this machine: the two rates that fit the calibration's steps best, relatively."""
-    rows = []
-    for words in CALIBRATION:
-        worker, flops, state = timed_case(words)
-        rows.append((flops, state, median_step(worker, repeats)))
-    system = torch.tensor([[f / s, b / s] for f, b, s in rows], dtype=torch.float64)
-    found = torch.linalg.lstsq(system, torch.ones(len(rows), 1, dtype=torch.float64)).solution
+def calibrate(cases: Sequence[TimedCase]) -> costs.Site:
+    """Return the two rates of this machine that fit these steps best, relatively."""
+    system = [[case.flops / case.median, case.state_bytes / case.median] for case in cases]
+    ones = torch.ones(len(cases), 1, dtype=torch.float64)
+    found = torch.linalg.lstsq(torch.tensor(system, dtype=torch.float64), ones).solution
     per_flop, per_byte = (float(value) for value in found.flatten())
     if per_byte <= 0:
-        per_flop = sum(s for _, _, s in rows) / sum(f for f, _, _ in rows)
-    rate = 1 / per_byte if per_byte > 0 else float("inf")
-    return costs.Site(1 / per_flop, 1.0, 1.0, 0.0, rate)
+        per_flop = statistics.mean(case.median / case.flops for case in cases)
+    return costs.Site(1 / per_flop, 1.0, 1.0, 0.0, 1 / per_byte if per_byte > 0 else math.inf)
 
 
-def timed_case(words: str) -> tuple[LocalWorker, float, float]:
-    """Return a warmed-up worker, the FLOPs of its step and the bytes of its training state."""
-    settings = settings_of(f"{words} local.steps=3")
-    residents = first_layout(settings).of_worker(0)
-    worker = LocalWorker(settings, residents)
-    worker.step_seconds()
+def timed_case(words: str) -> TimedCase:
+    """Return a warmed-up worker."""
+    settings = settings_of(f"{words} local.steps={STEPS}")
+    worker = LocalWorker(settings, first_layout(settings).of_worker(0))
+    worker.train()
     model, local = settings.model, settings.local
     executed = costs.executed_experts(model, first_layout(settings))[0]
     if model.routing == "skip_token":
@@ -324,11 +347,7 @@ def timed_case(words: str) -> tuple[LocalWorker, float, float]:
         executed = model.top_k * (1 - worker.probe.counts.ghost_fraction)
     tokens = local.batch_size * local.accumulate * settings.data.sequence_length
     flops = tokens * costs.token_flops(model, settings.data.sequence_length, executed).train
-    return worker, flops, worker.state_bytes()
-
-
-def median_step(worker: LocalWorker, repeats: int) -> float:
-    return statistics.median(worker.step_seconds() for _ in range(repeats))
+    return TimedCase(words, worker, flops, worker.state_bytes())
 
 
 class LinkedGrid(InProcessGrid):

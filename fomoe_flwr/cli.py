@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("overrides", nargs="*", metavar="KEY=VALUE|FILE.yaml")
     cost.add_argument("--json", action="store_true", help="one JSON object")
     cost.add_argument("--explain", action="store_true", help="each formula, and the numbers put in")
+    cost.add_argument(
+        "--sweep", type=Path, default=None, metavar="FOLDER", help="draw sweeps there, as PNGs"
+    )
     cost.set_defaults(run=_costs)
     plan = commands.add_parser(
         "plan",
@@ -190,11 +193,17 @@ def _absolute(settings: Settings) -> Settings:
 def _costs(options: argparse.Namespace) -> int:
     from fomoe_flwr import costs
 
-    sheet = costs.lines(load_settings(expand_files(options.overrides)))
+    settings = load_settings(expand_files(options.overrides))
+    sheet = costs.lines(settings)
     if options.json:
         print(json.dumps({line.key: line.value for line in sheet}, indent=2))
     else:
         print(costs.show(sheet, explain=options.explain))
+    if options.sweep is not None:
+        from fomoe_flwr.cost_picture import draw_costs
+
+        for path in draw_costs(settings, options.sweep):
+            print(f"wrote {path}", file=sys.stderr)
     return 0
 
 
