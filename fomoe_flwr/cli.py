@@ -27,6 +27,15 @@ _EXAMPLES = """examples:
   fomoe run resume=outputs/20261123-120000-fomoe-demo
 """
 
+_SWEEP_EXAMPLES = """examples:
+  fomoe sweep preset=tiny layout.overlap=1,2 seed=0,1,2
+  fomoe sweep -m experiment=photon,diloco,fomoe --dir outputs/methods
+  fomoe sweep --resume outputs/methods
+  fomoe sweep preset=tiny seed=0,1,2,3 hydra/launcher=joblib hydra.launcher.n_jobs=2
+  fomoe sweep seed=0,1,2,3 hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
+The launchers need the extra: pip install 'fomoe-flwr[sweep]'
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 done, 1 failed, 2 refused)."""
@@ -76,6 +85,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE|FILE.yaml")
     run.set_defaults(run=_run)
+    many = commands.add_parser(
+        "sweep",
+        help="train many: values separated by commas, in all combinations",
+        epilog=_SWEEP_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    many.add_argument("-m", "--multirun", action="store_true", help="implied; as in Hydra")
+    many.add_argument("--dir", type=Path, metavar="SWEEP", help="go on there if it exists")
+    many.add_argument("--resume", type=Path, metavar="SWEEP", help="go on with a stored sweep")
+    many.add_argument(
+        "--invalid",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="combinations that contradict themselves: refuse the sweep, or leave them out",
+    )
+    many.add_argument("overrides", nargs="*", metavar="KEY=VALUE,VALUE")
+    many.set_defaults(run=_sweep)
     cost = commands.add_parser("costs", help="what a run would cost, without running it")
     cost.add_argument("overrides", nargs="*", metavar="KEY=VALUE|FILE.yaml")
     cost.add_argument("--json", action="store_true", help="one JSON object")
@@ -137,8 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, metavar="RUN")
     export.add_argument("--to", type=Path, default=None, help="default: RUN/export")
     export.set_defaults(run=_export)
-    view = commands.add_parser("report", help="print a run's table and draw its plots again")
-    view.add_argument("folder", type=Path, metavar="RUN")
+    view = commands.add_parser(
+        "report", help="print a table and draw report.html and the plots again"
+    )
+    view.add_argument("folder", type=Path, metavar="RUN_OR_SWEEP")
     view.set_defaults(run=_report)
     warm = commands.add_parser(
         "worker", help="keep a node's worker warm beside its SuperNode, see docs/warm-workers.md"
@@ -174,6 +202,21 @@ def _run(options: argparse.Namespace) -> int:
         done = run_in_process(settings)
     if not done:
         print(f"error: the run failed, see {settings.output_dir}", file=sys.stderr)
+    return 0 if done else 1
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from fomoe_flwr.sweep.command import resume, sweep
+
+    skip = options.invalid == "skip"
+    if options.resume and options.dir:
+        raise InputError("--resume and --dir name the same thing: give one of them")
+    if options.resume:
+        done = resume(options.resume, options.overrides, skip)
+    elif options.overrides:
+        done = sweep(options.overrides, options.dir, skip)
+    else:
+        raise InputError("a sweep needs something that varies, e.g. seed=0,1,2")
     return 0 if done else 1
 
 
@@ -266,10 +309,20 @@ def _export(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from fomoe_flwr import report
     from fomoe_flwr.stored_run import StoredRun
+    from fomoe_flwr.sweep.directory import SweepDirectory
+    from fomoe_flwr.sweep.table import print_table, write_table
 
+    sweep = SweepDirectory(options.folder)
+    if sweep.is_sweep:
+        from fomoe_flwr.report.sweep_page import sweep_page
+
+        write_table(sweep)
+        print_table(sweep)
+        print(sweep_page(sweep)[0])
+        return 0
     stored = StoredRun(options.folder)
-    report.draw_plots(stored.run, stored.settings)
     report.print_end(stored.run)
+    print(report.write_report(stored.run)[0])
     return 0
 
 

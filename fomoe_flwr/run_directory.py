@@ -4,7 +4,7 @@ config.yaml      resolved settings            metrics.jsonl   one object a round
 summary.json     status and totals            routing.jsonl   one object a round, by layer, worker
 tokenizer/       as trained or given          layout.json     round -> layer -> worker -> experts
 checkpoints/     see `checkpoint`             samples/        text after each evaluation
-plots/           PNG                          workers/        inner state (simulation only)
+plots/, report.html                           workers/        inner state (simulation only)
 export/          transformers checkpoint
 """
 
@@ -34,6 +34,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.plots = path / "plots"
+        self.report = path / "report.html"
         self.samples = path / "samples"
         self.export = path / "export"
         self.workers = path / "workers"

@@ -297,14 +297,3 @@ def test_layouts_need_no_torch() -> None:
     code = "import sys, fomoe_flwr.layout; assert not {'torch', 'flwr', 'numpy'} & set(sys.modules)"
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
-
-
-@pytest.mark.parametrize(("num_layers", "num_experts", "workers"), [(1, 4, 2), (16, 64, 8)])
-def test_the_picture_is_drawn(
-    tmp_path: Path, num_layers: int, num_experts: int, workers: int
-) -> None:
-    from fomoe_flwr.layout_picture import draw_holders
-
-    path = tmp_path / "holders.png"
-    draw_holders(layout_of(num_layers, num_experts, num_workers=workers), path, "who")
-    assert path.read_bytes().startswith(b"\x89PNG")

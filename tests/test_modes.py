@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from test_equivalence import stock, stock_adamw
 from torch import Tensor, nn
 
-from fomoe_flwr import costs, report, worker
+from fomoe_flwr import costs, worker
 from fomoe_flwr.cli import main
 from fomoe_flwr.config import Settings, SettingsError, load_settings
 from fomoe_flwr.federation import client
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.layout import Layout
+from fomoe_flwr.report import live
 from fomoe_flwr.run_directory import RunDirectory
 from fomoe_flwr.synchronisation import MOMENTS
 from fomoe_flwr.training import learning_rate
@@ -732,7 +733,7 @@ Start = Callable[..., RunDirectory]
 
 @pytest.fixture
 def words(small_text: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(report, "draw_plots", lambda run, settings: [])
+    monkeypatch.setattr(live, "write_report", lambda run: [])
     return [
         "run",
         "preset=tiny",

@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fomoe_flwr import report
 from fomoe_flwr.cli import main
 from fomoe_flwr.config import load_settings, read_settings
 from fomoe_flwr.federation.in_process_grid import InProcessGrid
 from fomoe_flwr.federation.launch import words_for
+from fomoe_flwr.report import live
 from fomoe_flwr.run_directory import RunDirectory
 from fomoe_flwr.tracking import Tracker
 
@@ -56,13 +56,13 @@ METRICS = (
 Start = Callable[..., RunDirectory]
 
 
-draw_plots = report.draw_plots
+write_report = live.write_report
 
 
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the plots out: they take longer than the runs."""
-    monkeypatch.setattr(report, "draw_plots", lambda run, settings: [])
+    monkeypatch.setattr(live, "write_report", lambda run: [])
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def assert_same_end(one: RunDirectory, other: RunDirectory) -> None:
 def test_a_run_leaves_everything_that_is_promised(
     start: Start, small_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "draw_plots", draw_plots)
+    monkeypatch.setattr(live, "write_report", write_report)
     run = start("run", "seed=3", "rounds=3", "checkpoint.keep=2")
 
     settings = read_settings(run.config)

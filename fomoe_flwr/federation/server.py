@@ -100,6 +100,7 @@ class Server:
         self._save_config()
         self.identity = RunIdentity(self.run_key, json_text, tokenizer_digest(json_text))
         self.tracker = Tracker(self.run)
+        self.live = report.LiveReport(self.run)
         self.routing = RoutingLog(settings, self.spec, blocks)
         self.strategy = FoMoEStrategy(
             settings,
@@ -128,6 +129,8 @@ class Server:
             self._finish()
         except BaseException as error:
             self._write_summary("failed", {"error": f"{type(error).__name__}: {error}"})
+            if isinstance(error, Exception):
+                self.live.finish()
             raise
         finally:
             self.tracker.close()
@@ -180,6 +183,7 @@ class Server:
         self.tracker.log(row)
         self._write_summary("running")
         report.print_round(row, settings.rounds)
+        self.live.refresh()
         return MetricRecord({k: v for k, v in row.items() if isinstance(v, int | float)})
 
     def _sample(self, server_round: int) -> None:
@@ -237,8 +241,8 @@ class Server:
     def _finish(self) -> None:
         exported = assemble(self.settings, self.state, self.tokenizer)
         export_model(exported, self.tokenizer, self.run.export)
-        report.draw_plots(self.run, self.settings)
         self._write_summary("completed")
+        self.live.finish()
         report.print_end(self.run)
 
     def _write_summary(self, status: str, extra: Mapping[str, Any] | None = None) -> None:
@@ -292,6 +296,9 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "round/fresh_inner_states": int(sum(reply.get("fresh_state", 0) for reply in replies)),
         "round/send_seconds": record.send_seconds,
         "round/train_seconds": record.train_seconds,
+        "round/worker_seconds": {
+            str(worker): reply["seconds"] for worker, reply in sorted(record.replies.items())
+        },
         "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
         "round/outer_seconds": record.outer_seconds,
         "layout/digest": record.layout.digest(),
