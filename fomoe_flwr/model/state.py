@@ -172,6 +172,13 @@ def overlay(state: State, spec: StateSpec, pieces: State) -> None:
         entry.of(state).copy_(pieces[entry.key])
 
 
+def cast_parameters(model: nn.Module, precision: str) -> None:
+    """Hold parameters in bfloat16 if `local.precision` says so; buffers stay as they are."""
+    if precision == "bfloat16_parameters":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def load_state(model: nn.Module, state: State) -> None:
     """Copy a state into a model of the same residents."""
     with torch.no_grad():

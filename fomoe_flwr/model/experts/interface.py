@@ -43,9 +43,9 @@ def resident_experts(
     the plain one takes its place. Returns [T, D].
     """
     is_fused = core != "autograd" and _is_silu(act) and is_supported(x_TD, up_RFD)
-    dispatch = make_dispatch(
-        slot_TK, up_RFD.shape[0], has_ghosts, host_sync=not (is_fused and core == "static")
-    )
+    # On a CPU there is nobody to wait for.
+    is_static = is_fused and core == "static" and x_TD.is_cuda
+    dispatch = make_dispatch(slot_TK, up_RFD.shape[0], has_ghosts, host_sync=not is_static)
     if dispatch.num_rows == 0:
         # Keeps the graph connected, so that backward gives zero gradients and not None.
         nothing = (up_RFD.sum() + down_RDF.sum() + weight_TK.sum()) * 0.0
