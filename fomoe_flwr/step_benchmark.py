@@ -101,8 +101,6 @@ class Variant:
             self.model.set_experts_implementation("grouped_mm")
         if label == PLAIN:
             self.execution = Execution()
-        elif label == STOCK:
-            self.execution = replace(self.execution, cuda_graph=False)
         self.execution.prepare(self.model)
         cast_parameters(self.model, settings.local.precision)
         self.optimizer = make_optimizer(self.model, settings.local)

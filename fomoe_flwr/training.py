@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,16 @@ from transformers import PreTrainedModel
 
 from fomoe_flwr.completep import Multipliers, multipliers
 from fomoe_flwr.config import BalanceSettings, LocalSettings
-from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.inner_state import InnerState
 from fomoe_flwr.model.cuda_graph import GraphedPass
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.head_loss import head_loss
 from fomoe_flwr.model.router_probe import RouterProbe, RoutingCounts
+
+if TYPE_CHECKING:
+    # Reading text takes libraries that a step does not need.
+    from fomoe_flwr.data.batches import Batches
 
 PLAIN = Execution()
 """Nothing compiled, captured or cut up."""
@@ -168,14 +171,12 @@ def train(
             group["lr"] = rate * group["lr_multiplier"]
         if graph is None:
             optimizer.zero_grad(set_to_none=True)
-        else:
-            graph.zero_grad()
         step_loss = torch.zeros((), device=device)
         step_balance = torch.zeros((), device=device)
-        for windows in _micro_batches(batches, settings.accumulate, device):
+        for index, windows in enumerate(_micro_batches(batches, settings.accumulate, device)):
             if execution.cuda_graph and graph is None:
                 graph = GraphedPass(run_pass, windows, parameters, probe.forget)
-            loss, balanced = (graph or run_pass)(windows)
+            loss, balanced = graph(windows, index == 0) if graph else run_pass(windows)
             step_loss += loss / settings.accumulate
             step_balance += balanced / settings.accumulate
             tokens += windows[:, 1:].numel()

@@ -1,55 +1,75 @@
-"""A forward and backward pass, captured once as a CUDA graph and replayed.
+"""A forward and backward pass, captured as a CUDA graph and replayed.
 
-For models so small that the host cannot launch kernels as fast as the GPU runs them. Gradients add
-up in buffers that belong to the graph.
+A host that launches hundreds of kernels a step is often slower than the GPU that runs them, the
+more so the more work ghosts save. A replay costs the host one call. Gradients lie in the graph's
+own memory: the first pass of a step writes them, further ones add to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+RunPass = Callable[[Tensor], tuple[Tensor, ...]]
+"""From [B, S + 1] windows to results; leaves gradients in the parameters."""
 
 _WARM_PASSES = 3
 """Passes before the capture: compilation, library handles and lazy buffers need them."""
 
 
 class GraphedPass:
-    """Replay `run_pass(windows)`, which must not wait for the device nor look at its results.
+    """Replays of `run_pass`, which must not wait for the device nor look at its results.
 
-    `forget` is called between the warm passes and the first replay: it undoes what they left.
+    `forget` is called before the first replay: it undoes what the warm passes left behind.
     """
 
     def __init__(
         self,
-        run_pass: Callable[[Tensor], tuple[Tensor, ...]],
-        example: Tensor,
-        parameters: Iterable[nn.Parameter],
+        run_pass: RunPass,
+        windows: Tensor,
+        parameters: Sequence[nn.Parameter],
         forget: Callable[[], None],
     ) -> None:
-        self._parameters = list(parameters)
-        self._windows = example.clone()
-        for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        self._run_pass, self._parameters = run_pass, parameters
+        self._windows = windows.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_PASSES):
+                self._drop_gradients()
                 run_pass(self._windows)
         torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._results = run_pass(self._windows)
-        self.zero_grad()
+        self._drop_gradients()
+        # Gradients that do not exist yet are allocated inside the capture, and overwritten by
+        # every replay: nobody has to set them to zero.
+        self._first, self._first_results = self._capture()
         forget()
+        self._further: torch.cuda.CUDAGraph | None = None
+        self._further_results: tuple[Tensor, ...] = ()
 
-    def zero_grad(self) -> None:
-        """Set the gradients to zero, in place."""
-        torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
-
-    def __call__(self, windows: Tensor) -> tuple[Tensor, ...]:
-        """Run one pass; the results are overwritten by the next."""
+    def __call__(self, windows: Tensor, is_first: bool) -> tuple[Tensor, ...]:
+        """Run one pass; with `is_first` gradients begin anew, else they add up."""
         self._windows.copy_(windows)
-        self._graph.replay()
-        return tuple(result.clone() for result in self._results)
+        if is_first:
+            self._first.replay()
+            return tuple(result.clone() for result in self._first_results)
+        if self._further is None:
+            # Capturing runs nothing, so the gradients that are added to stay as they are.
+            self._further, self._further_results = self._capture(self._first)
+        self._further.replay()
+        return tuple(result.clone() for result in self._further_results)
+
+    def _capture(
+        self, beside: torch.cuda.CUDAGraph | None = None
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+        """Capture a pass, in the memory of another graph that never runs at the same time."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=beside.pool() if beside else None):
+            results = self._run_pass(self._windows)
+        return graph, results
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None

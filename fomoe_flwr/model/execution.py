@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fomoe_flwr.config import ExecutionSettings
+from fomoe_flwr.model.attention import attend_to_full_windows
 from fomoe_flwr.model.experts import set_core
 from fomoe_flwr.model.residency import moe_blocks
 
@@ -45,6 +46,7 @@ class Execution:
     def prepare(self, model: PreTrainedModel) -> None:
         """Set a model up: the experts' core, compiled parts, activation checkpointing."""
         set_core(model, self.experts)
+        attend_to_full_windows(model)
         if self.compiled:
             for module in _dense_parts(model):
                 module.compile(dynamic=False)

@@ -21,7 +21,7 @@ try:
 except ImportError:  # torch for a CPU comes without Triton
     _rows_on_gpu = None  # type: ignore[assignment]
 
-_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """Logits of a chunk. On a CPU small enough for its passes to hit the cache, large enough for fast
 products; on a GPU large enough to fill it."""
 
@@ -56,7 +56,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_grad_TD = torch.empty_like(hidden_TD) if needs_gradient else None
         head_grad_VD = None
         row_bytes = head_VD.shape[0] * hidden_TD.element_size()
-        chunk = max(1, _CHUNK_BYTES.get(device.type, 2**28) // row_bytes)
+        chunk = max(1, _CHUNK_BYTES[device.type] // row_bytes)
         for start in range(0, num_tokens, chunk):
             part = slice(start, start + chunk)
             hidden_CD = hidden_TD[part]

@@ -85,7 +85,9 @@ class RouterProbe:
         self._pending: list[tuple[Tensor, Tensor]] = []
         # Activation checkpointing runs layers again in backward: that is not another forward pass.
         self._is_forward = True
-        self._handles = [model.register_forward_pre_hook(self._begin)] + [
+        # A loss in chunks calls the model without its head.
+        trunk = getattr(model, "base_model", model)
+        self._handles = [trunk.register_forward_pre_hook(self._begin)] + [
             listener.block.gate.register_forward_hook(self._hook(model, listener))
             for listener in self._layers.values()
         ]

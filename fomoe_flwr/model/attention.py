@@ -1,0 +1,36 @@
+"""Causal attention over full windows: transformers' SDPA without its masks.
+
+Training windows have no padding, so causality is all there is to mask. transformers leaves its mask
+out too, but not while a CUDA graph is captured: then the captured step would be another one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+IMPLEMENTATION = "fomoe_causal"
+"""Name under which `attn_implementation=` selects this; no mask is made for it."""
+
+
+def _causal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    if attention_mask is not None:
+        raise ValueError(f"attention {IMPLEMENTATION} takes no mask: windows must be full")
+    mixed, _ = sdpa_attention_forward(module, query, key, value, None, **others)
+    return mixed, None
+
+
+def attend_to_full_windows(model: PreTrainedModel) -> None:
+    """Make a model that is only ever given full windows attend without masks."""
+    AttentionInterface.register(IMPLEMENTATION, _causal)
+    model.set_attn_implementation(IMPLEMENTATION)
