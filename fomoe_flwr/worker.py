@@ -201,7 +201,11 @@ def _difference(part: StateSpec, received: State, trained: State, residents: Res
     shared, experts = _packed(part, received)
     pieces = part.split_shared(shared) | part.split_experts(experts, residents)
     for entry in (*part.shared, *part.expert):
-        pieces[entry.key] -= entry.of(trained).to("cpu", torch.float32)
+        piece, mine = pieces[entry.key], entry.of(trained)
+        if mine.dtype != piece.dtype:
+            # What was received was rounded before training began; that is no step of training.
+            piece.copy_(piece.to(mine.dtype))
+        piece -= mine.to("cpu", piece.dtype)
     return shared, experts
 
 

@@ -24,7 +24,7 @@ from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, fill_slots
-from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.model.state import StateSpec, cast_parameters
 
 MOST_ENTRIES = 4
 """Settings, specs and texts that are kept; models are large, of them there is one."""
@@ -86,6 +86,7 @@ class WorkerCache:
         if model is None:
             config = self._spec(settings)[0]
             model = build_model(shape, config, residents, device=device, empty=True)
+            cast_parameters(model, settings.local.precision)
             Execution.choose(execution, device, shape.vocab_size).prepare(model)
         else:
             fill_slots(model, residents)
