@@ -358,8 +358,8 @@ def _report(options: argparse.Namespace) -> int:
 def _bench_step(options: argparse.Namespace) -> int:
     shares = options.share or None
     for share in shares or ():
-        if not 0 < share <= 1:
-            raise InputError(f"--share {share} is out of range: it must be > 0 and <= 1")
+        if not 0 <= share <= 1:
+            raise InputError(f"--share {share} is out of range: it must be >= 0 and <= 1")
     for name in ("steps", "warmup"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)} is out of range: it must be >= 1")

@@ -281,7 +281,7 @@ def _row(variant: Variant, seconds: list[float], peak_bytes: int) -> dict[str, A
 def _residents(settings: Settings, share: float) -> Residents:
     """Draw residents: the same for every share-th of the experts, another set in each layer."""
     model = settings.model
-    count = max(1, round(share * model.num_experts))
+    count = round(share * model.num_experts)
     generator = torch.Generator().manual_seed(settings.seed + 1)
     return [
         sorted(torch.randperm(model.num_experts, generator=generator)[:count].tolist())

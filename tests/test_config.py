@@ -420,3 +420,26 @@ def test_importing_config_loads_neither_torch_nor_flower() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["execution.cuda_graph=true"],
+            "execution.cuda_graph=true needs local.precision=bfloat16 or bfloat16_parameters "
+            "(got float32): in fp32 PyTorch's grouped products wait for the device",
+        ),
+        (
+            ["execution.cuda_graph=true", "local.precision=bfloat16", "execution.experts=fused"],
+            "execution.cuda_graph=true needs execution.experts=static or auto (got fused): the "
+            "other cores wait for the device",
+        ),
+        (
+            ["execution.loss=half"],
+            "execution.loss=half is not one of auto, whole, chunked",
+        ),
+    ],
+)
+def test_executions_that_cannot_be(words: list[str], expected: str) -> None:
+    assert refusal("preset=tiny", *words).startswith(expected)

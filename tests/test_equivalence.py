@@ -386,3 +386,20 @@ def test_a_stream_that_always_opens_at_its_beginning_goes_on_at_its_cursor(
             ).shared
     for server_round in (1, 2):
         assert torch.equal(replies["stream", server_round], replies["indexed", server_round])
+
+
+@pytest.mark.parametrize("lr", [1e-12, 0.05])
+def test_bfloat16_parameters_do_not_send_the_rounding_of_what_they_received(
+    lr: float, tmp_path: Path
+) -> None:
+    settings = settings_of(rounds=1)
+    settings.local = replace(settings.local, precision="bfloat16_parameters", lr=lr)
+    spec = StateSpec.of(settings.model, transformers_config(settings.model, SEQUENCE))
+    state = initial(settings.model)
+    rounded = {key: value.bfloat16().float() for key, value in state.items()}
+    assert any(not torch.equal(rounded[key], value) for key, value in state.items())
+    (result,) = local_rounds(settings, spec, state, [ALL], 1, tmp_path / "exact")
+    (other,) = local_rounds(settings, spec, rounded, [ALL], 1, tmp_path / "rounded")
+    assert torch.equal(result.shared, other.shared)
+    assert torch.equal(result.experts, other.experts)
+    assert bool(result.experts.any()) == (lr > 1e-3)

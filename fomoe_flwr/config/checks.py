@@ -44,6 +44,7 @@ def check(settings: Settings) -> None:
     _check_partitioned(settings)
     _check_outer(settings)
     _check_balance(settings)
+    _check_execution(settings)
     _check_presence(settings)
     if settings.data.path and settings.data.dataset not in ("", *LOCAL_STREAMS):
         raise SettingsError(
@@ -190,6 +191,20 @@ def _check_balance(settings: Settings) -> None:
         raise SettingsError(
             f"balance.bias_rate={settings.balance.bias_rate} needs a router with a selection bias: "
             f"model.family={settings.model.family} is not one of {', '.join(BIASED_FAMILIES)}"
+        )
+
+
+def _check_execution(settings: Settings) -> None:
+    execution, precision = settings.execution, settings.local.precision
+    if execution.cuda_graph and precision == "float32":
+        raise SettingsError(
+            "execution.cuda_graph=true needs local.precision=bfloat16 or bfloat16_parameters (got "
+            "float32): in fp32 PyTorch's grouped products wait for the device"
+        )
+    if execution.cuda_graph and execution.experts not in ("auto", "static"):
+        raise SettingsError(
+            f"execution.cuda_graph=true needs execution.experts=static or auto (got "
+            f"{execution.experts}): the other cores wait for the device"
         )
 
 

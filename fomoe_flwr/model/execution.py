@@ -51,7 +51,9 @@ class Execution:
             for module in _dense_parts(model):
                 module.compile(dynamic=False)
         if self.checkpoint_activations:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers has renamed it.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _dense_parts(model: PreTrainedModel) -> list[nn.Module]:

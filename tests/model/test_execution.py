@@ -148,16 +148,19 @@ def test_the_result_is_the_same_on_a_gpu(
 ) -> None:
     if accumulate == 2 and family not in ("olmoe", "fomoe"):
         pytest.skip("accumulation knows no families")
-    local = replace(LOCAL, accumulate=accumulate)
+    # In fp32 grouped_mm waits for the device, so a graph cannot capture it.
+    precision = "bfloat16" if execution.cuda_graph else "float32"
+    local = replace(LOCAL, accumulate=accumulate, precision=precision)
+    tolerance = 2e-2 if execution.cuda_graph else 2e-3
     plain = Execution(experts="autograd")
     one = trained(family, plain, local, "cuda")
     other = trained(family, execution, local, "cuda")
     for key, value in one[0].items():
-        torch.testing.assert_close(other[0][key], value, rtol=2e-3, atol=2e-3)
-    assert other[1].loss == pytest.approx(one[1].loss, rel=2e-3)
+        torch.testing.assert_close(other[0][key], value, rtol=tolerance, atol=tolerance)
+    assert other[1].loss == pytest.approx(one[1].loss, rel=tolerance)
     # Near ties may fall the other way.
     moved = (other[1].routing.load - one[1].routing.load).abs().sum()
-    assert moved <= 0.02 * one[1].routing.load.sum()
+    assert moved <= 0.05 * one[1].routing.load.sum()
     assert int(other[1].routing.load.sum()) == int(one[1].routing.load.sum())
 
 
