@@ -2,11 +2,14 @@
 
     python benchmarks/experiments.py --seeds 3 --json results/demo.json rounds=8
     python benchmarks/experiments.py --only photon --only fomoe-half --jobs 2 preset=tiny
+    python benchmarks/experiments.py --series layouts --seeds 3 rounds=8
+    python benchmarks/experiments.py --series routing --seeds 3 --plot routing.png rounds=8
 
 Anything after the options is a Hydra override for every run. Runs go to `--root` and are skipped
 when they are complete there, so a stopped series goes on. The table gives mean and spread (half of
 max - min) over seeds, at equal tokens (the end of the runs) and at equal bytes: the loss of each
-method, interpolated between rounds, when it has sent what the cheapest method sent in all.
+method, interpolated between rounds, when it has sent what the cheapest method sent in all. A second
+table (and `--plot`) says how stable routing was, the same measures as in a run's own report.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import stable_routing
+
 PARTITIONED = "model.routing=partitioned"
 EXPERIMENTS = {
     # One worker in place of four: four times the batch gives the same tokens in the same steps.
@@ -32,8 +37,21 @@ EXPERIMENTS = {
     "fomoe-half": ["experiment=fomoe", "layout.overlap=2"],
     "fomoe-half-partitioned": ["experiment=fomoe", "layout.overlap=2", PARTITIONED],
     "fomoe-half-local-adamw": ["experiment=fomoe", "layout.overlap=2", "outer=local_adamw"],
+    "fomoe-half-random": ["experiment=fomoe", "layout=random", "layout.overlap=2"],
+    "fomoe-half-rolling": ["experiment=fomoe", "layout=rolling", "layout.overlap=2"],
     "fomoe-single": ["experiment=fomoe", "layout.overlap=1"],
     "fomoe-single-partitioned": ["experiment=fomoe", "layout.overlap=1", PARTITIONED],
+    "fomoe-single-random": ["experiment=fomoe", "layout=random", "layout.overlap=1"],
+    "fomoe-single-rolling": ["experiment=fomoe", "layout=rolling", "layout.overlap=1"],
+}
+LAYOUTS = ("", "-random", "-rolling")
+SERIES = {
+    "baselines": [name for name in EXPERIMENTS if not name.endswith(LAYOUTS[1:])],
+    "layouts": [f"fomoe-{part}{kind}" for part in ("half", "single") for kind in LAYOUTS],
+    "routing": [
+        "photon",
+        *(f"fomoe-{part}{mode}" for part in ("half", "single") for mode in ("", "-partitioned")),
+    ],
 }
 
 
@@ -48,11 +66,12 @@ def run(name: str, seed: int, overrides: Sequence[str], root: Path) -> dict[str,
         with folder.with_suffix(".log").open("w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    kept = ("round", "tokens", "eval/loss", "eval/bits_per_byte", "moe/ghost_fraction")
+    kept = ("round", "tokens", "eval/loss", "eval/bits_per_byte")
     rounds, moved = [], 0
     for row in map(json.loads, lines):
         moved += row["comm/bytes_up"] + row["comm/bytes_down"]
-        rounds.append({key: row.get(key) for key in kept} | {"bytes": moved})
+        measures = stable_routing.kept(row)
+        rounds.append({key: row.get(key) for key in kept} | measures | {"bytes": moved})
     print(f"{name} seed {seed}: {rounds[-1]['eval/bits_per_byte']:.4f} bits/byte", flush=True)
     return {
         "experiment": name,
@@ -109,28 +128,34 @@ def table(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--series", choices=SERIES, default="baselines")
     parser.add_argument("--only", action="append", choices=EXPERIMENTS, default=None)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--root", type=Path, default=Path("outputs/experiments"))
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--plot", type=Path, default=None, help="draw routing to this file")
     parser.add_argument("--from-json", type=Path, default=None, help="print a stored table")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     if options.from_json:
         results = json.loads(options.from_json.read_text())["results"]
     else:
-        jobs = [(n, s) for s in range(options.seeds) for n in options.only or EXPERIMENTS]
+        jobs = [
+            (n, s) for s in range(options.seeds) for n in options.only or SERIES[options.series]
+        ]
         with ThreadPoolExecutor(options.jobs) as pool:
             results = list(pool.map(lambda job: run(*job, options.overrides, options.root), jobs))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         document = {"command": sys.argv, "results": results}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    rows = table(results)
-    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(row.values()) + " |")
+    if options.plot:
+        stable_routing.draw(results, options.plot)
+    for rows in (table(results), stable_routing.routing_table(results)):
+        print("\n| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(row.values()) + " |")
 
 
 if __name__ == "__main__":
