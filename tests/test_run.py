@@ -175,11 +175,9 @@ def test_a_run_leaves_everything_that_is_promised(
     assert (run.checkpoints / "latest").read_text(encoding="utf-8") == "round-000003\n"
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (run.export / name).is_file()
-    assert sorted(path.name for path in run.plots.iterdir()) == [
-        "layout.png",
-        "loss.png",
-        "routing.png",
-    ]
+    pictures = ("baselines", "layout", "load", "loss", "routing", "timeline")
+    assert sorted(path.stem for path in run.plots.iterdir()) == list(pictures)
+    assert run.report.read_text(encoding="utf-8").count("<figure>") >= len(pictures)
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in run.plots.iterdir())
     assert len(list(run.samples.iterdir())) == 3
     assert (run.tokenizer / "tokenizer.json").is_file()
