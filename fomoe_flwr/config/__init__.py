@@ -18,6 +18,7 @@ from fomoe_flwr.config.compose import (
     conf_dir,
     load_settings,
     read_settings,
+    register_paper_rows,
     settings_from_dict,
 )
 from fomoe_flwr.config.override_files import expand_files
@@ -62,5 +63,6 @@ __all__ = [
     "expand_files",
     "load_settings",
     "read_settings",
+    "register_paper_rows",
     "settings_from_dict",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
     return settings
 
 
+@cache
+def register_paper_rows() -> None:
+    """Make `paper=<row>` known to Hydra, once.
+
+    So many files would differ in five numbers. Where no row is asked for, Hydra had better not know
+    them: it goes through all it knows whenever it composes, which takes longer than the rest.
+    """
+    for row in ROWS:
+        ConfigStore.instance().store(
+            group="paper", name=row.name, package="_global_", node=row.node()
+        )
+
+
 def read_settings(path: Path) -> Settings:
     """Read the settings that a run stored as `config.yaml`."""
     try:
@@ -121,6 +135,8 @@ def _explain(error: OmegaConfBaseException) -> SettingsError:
 def _composed(overrides: list[str]) -> Settings:
     # Flower's simulation actors and in-process runs reuse processes, and Hydra's state is global.
     GlobalHydra.instance().clear()
+    if any(word.lstrip("+").startswith("paper=") for word in overrides):
+        register_paper_rows()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = compose("config", overrides=overrides)
@@ -185,8 +201,3 @@ def _stored(resume: str, overrides: list[str]) -> Settings:
 
 
 ConfigStore.instance().store(name="settings", node=Settings)
-for _row in ROWS:
-    # So many files would differ in five numbers.
-    ConfigStore.instance().store(
-        group="paper", name=_row.name, package="_global_", node=_row.node()
-    )

@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fomoe_flwr.config import SettingsError, conf_dir
+from fomoe_flwr.config import SettingsError, conf_dir, register_paper_rows
 from fomoe_flwr.federation.run_config import quoted
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.job import end_if_running, run_job
@@ -120,6 +120,7 @@ def _refuse(plan: Plan, skip_invalid: bool) -> None:
 
 def _launch(plan: Plan, directory: SweepDirectory) -> bool:
     """Let Hydra's sweeper and launcher run the jobs; return whether they got through."""
+    register_paper_rows()
     given = sys.argv
     sys.argv = ["fomoe-sweep", "--multirun", f"hydra.sweep.dir={quoted(str(directory.path))}"]
     sys.argv += [*plan.launcher, *plan.words]

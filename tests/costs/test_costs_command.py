@@ -41,6 +41,19 @@ def test_the_answer_loads_nothing_heavy(command: str, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "0 []"
 
 
+def test_composing_goes_through_no_preset_that_nobody_asked_for() -> None:
+    # 180 of them took Hydra as long as everything else together.
+    code = (
+        "from hydra.core.config_store import ConfigStore as Store;"
+        "from fomoe_flwr.config import load_settings;"
+        "load_settings(['model=paper-2b']); before = 'paper' in Store.instance().repo;"
+        "found = load_settings(['paper=diloco-fixed-m4-k32-oe2']).layout.num_workers;"
+        "print(before, found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "4"]
+
+
 def test_json_has_the_keys_that_others_rely_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["costs", "model=paper-2b", "--json", "layout.overlap=1"]) == 0
     found = json.loads(capsys.readouterr().out)
