@@ -1,0 +1,35 @@
+"""Plain numbers: fp32 exact, bf16 and fp16 rounded to nearest."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def encode_floats(vector: Tensor, name: str) -> bytes:
+    """Write little-endian numbers without a header."""
+    return to_bytes(vector.to(DTYPES[name]))
+
+
+def decode_floats(data: bytes, name: str) -> Tensor:
+    """Read numbers back as fp32; fp32 itself is a view of `data` and must not be written to."""
+    return from_bytes(data, DTYPES[name]).float()
+
+
+def to_bytes(values: Tensor) -> bytes:
+    """Return a tensor's memory as bytes."""
+    return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
+
+
+def from_bytes(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
+    """View bytes as a flat tensor, without a copy."""
+    if not len(data):
+        return torch.empty(0, dtype=dtype)
+    with warnings.catch_warnings():
+        # torch warns that bytes are not ours to write to; nobody does.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(data, dtype=dtype)

@@ -1,0 +1,60 @@
+"""Encode and decode whole vectors, and what a codec leaves behind for error feedback."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fomoe_flwr.codecs.compression import compress, decompress
+from fomoe_flwr.codecs.errors import CodecError
+from fomoe_flwr.codecs.floats import decode_floats, encode_floats
+from fomoe_flwr.codecs.integers import decode_integers, encode_integers
+from fomoe_flwr.codecs.sizes import FLOATS, INTEGERS, Codec
+from fomoe_flwr.codecs.slabs import is_finite
+from fomoe_flwr.codecs.sparse import decode_sparse, encode_sparse
+
+
+def encode(vector: Tensor, codec: Codec, seed: int = 0) -> bytes:
+    """Turn a flat fp32 vector into bytes; `seed` decides what is rounded by chance."""
+    vector = vector.detach()
+    if codec.name in FLOATS:
+        data = encode_floats(vector, codec.name)
+    elif codec.name in INTEGERS:
+        generator = torch.Generator().manual_seed(seed) if codec.stochastic else None
+        data = encode_integers(vector, codec.name, generator)
+    else:
+        data = encode_sparse(vector, codec)
+    return compress(data, codec.zstd_level) if codec.zstd_level else data
+
+
+def decode(data: bytes, codec: Codec, size: int) -> Tensor:
+    """Turn bytes back into a flat fp32 vector of `size` elements, not to be written to.
+
+    Raises CodecError for bytes of another length and for numbers that are not finite.
+    """
+    expected = codec.num_bytes(size)
+    if codec.zstd_level:
+        data = decompress(data, expected)
+    if len(data) != expected:
+        raise CodecError(f"array has {len(data)} bytes, its shape needs {expected}")
+    if codec.name in FLOATS:
+        vector = decode_floats(data, codec.name)
+    elif codec.name in INTEGERS:
+        # Finite scales times small integers.
+        return decode_integers(data, codec.name, size)
+    else:
+        vector = decode_sparse(data, codec, size)
+    if not is_finite(vector):
+        raise CodecError("array holds NaN or infinite numbers")
+    return vector
+
+
+def rounding_error(vector: Tensor, codec: Codec, seed: int = 0) -> Tensor:
+    """Return a vector minus what arrives of it; infinite where nothing would be accepted."""
+    plain = replace(codec, zstd_level=0)  # which loses nothing
+    try:
+        return vector - decode(encode(vector, plain, seed), plain, vector.numel())
+    except CodecError:
+        return torch.full_like(vector, torch.inf)
