@@ -63,6 +63,11 @@ class Codec:
         whole, rest = divmod(elements, CHUNK)
         return whole * self.keep + min(self.keep, rest)
 
+    @property
+    def bytes_per_element(self) -> float:
+        """Return the bytes of one number of a long vector, before zstd."""
+        return self.num_bytes(CHUNK) / CHUNK
+
     def num_bytes(self, elements: int) -> int:
         """Return the bytes of a vector of so many numbers, before zstd."""
         if self.name in FLOATS:
@@ -73,6 +78,19 @@ class Codec:
         # The two levels of `topk_int2` are a pair of bfloat16 for each chunk.
         levels = 4 * _parts(elements, CHUNK) if self.name == "topk_int2" else 0
         return _bytes(kept * INDEX_BITS) + _bytes(kept * SPARSE[self.name]) + levels
+
+
+@dataclass(frozen=True)
+class CodecPair:
+    """The codecs of one direction; what is neither shared nor an expert's does not travel."""
+
+    shared: Codec
+    experts: Codec
+
+    @classmethod
+    def plain(cls, name: str) -> CodecPair:
+        """Use one codec with its defaults for both."""
+        return cls(Codec(name), Codec(name))
 
 
 def _bytes(bits: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import torch
@@ -58,3 +59,9 @@ def rounding_error(vector: Tensor, codec: Codec, seed: int = 0) -> Tensor:
         return vector - decode(encode(vector, plain, seed), plain, vector.numel())
     except CodecError:
         return torch.full_like(vector, torch.inf)
+
+
+def seed_of(*words: int | str) -> int:
+    """Return a seed that depends on all of the words, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

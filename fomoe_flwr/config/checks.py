@@ -25,6 +25,9 @@ BIASED_FAMILIES = ("deepseek_v3", "glm4_moe", "fomoe")
 PATHS = (("data", "path"), ("data", "tokenizer"), ("model", "pretrained"), ("layout", "path"))
 """Settings, by section, that name a file or folder of this machine."""
 
+EXACT_ENOUGH = ("bfloat16", "float32")
+"""Codecs with the exponents of fp32, so that small numbers beside large ones are not lost."""
+
 LOCAL_STREAMS = ("parquet", "json", "text")
 """Values of `data.dataset` that stream the local files of `data.path`."""
 
@@ -164,11 +167,13 @@ def _check_outer(settings: Settings) -> None:
             raise SettingsError(
                 f"outer={outer.name} averages Adam's moments: local.keep_inner_state must be true"
             )
-        if "float16" in (settings.wire.up, settings.wire.down):
-            raise SettingsError(
-                f"outer={outer.name} averages Adam's moments, which float16 rounds to 0: use "
-                "bfloat16 or float32 for wire.up and wire.down"
-            )
+        wire = settings.wire
+        for key in ("up", "up_experts", "down", "down_experts"):
+            if (name := getattr(wire, key)) not in ("", *EXACT_ENOUGH):
+                raise SettingsError(
+                    f"outer={outer.name} averages Adam's moments, which {name} rounds to 0: use "
+                    f"{' or '.join(EXACT_ENOUGH)} for wire.{key}"
+                )
     if outer.momentum and outer.name != "nesterov":
         raise SettingsError(
             f"outer.momentum={outer.momentum} has no meaning for outer={outer.name}: use "

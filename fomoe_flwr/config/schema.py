@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from fomoe_flwr.codecs.sizes import CHUNK, CODECS, FLOATS, INTEGERS, Codec, CodecPair
 from fomoe_flwr.routing import RoutingMode
 
 
@@ -194,10 +195,37 @@ class OuterSettings:
 
 @dataclass
 class WireSettings:
-    """How numbers travel."""
+    """How numbers travel: pseudo-gradients up, weights down."""
 
-    up: str = _choice("float32", "float32", "bfloat16", "float16")
-    down: str = _choice("float32", "float32", "bfloat16", "float16")
+    up: str = _choice("float32", *CODECS)
+    down: str = _choice("float32", *FLOATS, *INTEGERS)
+    up_experts: str = _choice("", "", *CODECS)
+    """Codec of experts where it is another than `up`; empty means the same."""
+    down_experts: str = _choice("", "", *FLOATS, *INTEGERS)
+    keep: int = _number(64, at_least=1, at_most=CHUNK)
+    """Numbers that `topk` codecs keep of every 4096."""
+    rounding: str = _choice("nearest", "nearest", "stochastic")
+    """Of `int8` and `int4`; `stochastic` is unbiased and noisier."""
+    feedback: float = _number(0.95, at_least=0, at_most=1)
+    """Share of what `int8`, `int4` and `topk` codecs left behind that a worker adds to its next
+    pseudo-gradient (error feedback); 0 forgets it."""
+    zstd: int = _number(0, at_least=0, at_most=19)
+    """Level of zstd on top of the codecs; 0 is off. Predicted bytes are those before it."""
+
+    @property
+    def codecs_up(self) -> CodecPair:
+        return self._pair(self.up, self.up_experts)
+
+    @property
+    def codecs_down(self) -> CodecPair:
+        return self._pair(self.down, self.down_experts)
+
+    def _pair(self, shared: str, experts: str) -> CodecPair:
+        stochastic = self.rounding == "stochastic"
+        return CodecPair(
+            Codec(shared, self.keep, stochastic, self.zstd),
+            Codec(experts or shared, self.keep, stochastic, self.zstd),
+        )
 
 
 @dataclass

@@ -41,24 +41,25 @@ from fomoe_flwr.costs.topology import (
     star_round,
 )
 from fomoe_flwr.costs.traffic import (
-    ELEMENT_BYTES,
+    Payload,
     RoundBytes,
     diloco_bytes,
     element_bytes,
     full_replica_bytes,
     num_buffers,
     predict_bytes,
+    predict_payloads,
     predict_round,
     ring_bytes,
     state_factor,
 )
 
 __all__ = [
-    "ELEMENT_BYTES",
     "STATE_BYTES",
     "TRAINING_FACTOR",
     "Line",
     "ParameterCounts",
+    "Payload",
     "RoundBytes",
     "RoundSeconds",
     "ServerMemory",
@@ -78,6 +79,7 @@ __all__ = [
     "paper_token_flops",
     "parameter_counts",
     "predict_bytes",
+    "predict_payloads",
     "predict_round",
     "resident_counts",
     "ring_bytes",

@@ -15,8 +15,8 @@ from fomoe_flwr.costs.topology import ring_factor
 from fomoe_flwr.costs.traffic import (
     RoundBytes,
     diloco_bytes,
-    element_bytes,
     full_replica_bytes,
+    kind_bytes,
     num_buffers,
     predict_bytes,
     ring_bytes,
@@ -78,9 +78,10 @@ class Case:
         """Bytes of a round of DiLoCo or Photon, or of one step of data-parallel training."""
         if not self.is_ring:
             return diloco_bytes(self.settings)
-        elements = self.counts.total + num_buffers(self.settings.model)
-        element = element_bytes("wire.up", self.settings.wire.up)
-        return self._around(ring_factor(self.layout.num_workers) * elements * element)
+        element = self.settings.wire.codecs_up.shared.bytes_per_element
+        buffers = num_buffers(self.settings.model) * element
+        once = sum(kind_bytes(self.settings)) + buffers
+        return self._around(ring_factor(self.layout.num_workers) * once)
 
     def _around(self, num_bytes: float) -> RoundBytes:
         per_worker = [round(num_bytes)] * self.layout.num_workers

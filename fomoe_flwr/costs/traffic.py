@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fomoe_flwr.config import ModelSettings, OuterSettings, Settings, SettingsError
+from fomoe_flwr.codecs.sizes import CodecPair
+from fomoe_flwr.config import ModelSettings, OuterSettings, Settings
 from fomoe_flwr.costs.counts import parameter_counts, resident_counts
 from fomoe_flwr.costs.topology import ring_factor, ring_round
 from fomoe_flwr.layout import Layout
@@ -15,8 +16,20 @@ from fomoe_flwr.routing import is_expert_key, layer_of
 from fomoe_flwr.shapes import buffer_shapes, parameter_shapes
 from fomoe_flwr.synchronisation import fragment_of_round, fragment_rows, moments_of_round
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one element on the wire, by the names that `wire.up` and `wire.down` take."""
+
+@dataclass(frozen=True)
+class Payload:
+    """Payload bytes of one message, by what they carry."""
+
+    shared: int = 0
+    experts: int = 0
+    moments: int = 0
+    """Both moments' shared and expert vectors."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all arrays."""
+        return self.shared + self.experts + self.moments
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,14 @@ def predict_round(
     return _round_bytes(settings, sizes, server_round, moved)
 
 
+def predict_payloads(
+    settings: Settings, layout: Layout, server_round: int
+) -> tuple[list[Payload], list[Payload]]:
+    """Predict what each worker sends and receives in a round, by kind; else as `predict_round`."""
+    sizes = _part_sizes(settings.model, layout, settings.outer.fragments)
+    return _payloads(settings, sizes, server_round, [False] * layout.num_workers)
+
+
 def full_replica_bytes(settings: Settings) -> RoundBytes:
     """Predict the bytes of a round in which every worker holds everything, all else alike."""
     model, workers = settings.model, settings.layout.num_workers
@@ -114,13 +135,22 @@ def ring_bytes(settings: Settings, layout: Layout) -> float:
     measured load, and are few.
     """
     model, outer, workers = settings.model, settings.outer, layout.num_workers
-    counts = parameter_counts(model)
     held = sum(len(experts) for layer in layout.residents for experts in layer)
     overlap = held / (layout.num_layers * model.num_experts)
     rate = _migration_rate(settings, held / (layout.num_layers * workers))
-    sent = ring_round(counts.shared, counts.expert, workers, overlap, rate)
-    elements = state_factor(outer) * sent + ring_factor(workers) * num_buffers(model)
-    return elements * element_bytes("wire.up", settings.wire.up) / outer.fragments
+    shared, experts = kind_bytes(settings)
+    sent = ring_round(shared, experts, workers, overlap, rate)
+    buffers = num_buffers(model) * settings.wire.codecs_up.shared.bytes_per_element
+    return (state_factor(outer) * sent + ring_factor(workers) * buffers) / outer.fragments
+
+
+def kind_bytes(settings: Settings) -> tuple[float, float]:
+    """Return the bytes of all shared and of all expert parameters, encoded as they go up."""
+    counts, codecs = parameter_counts(settings.model), settings.wire.codecs_up
+    return (
+        counts.shared * codecs.shared.bytes_per_element,
+        counts.expert * codecs.experts.bytes_per_element,
+    )
 
 
 def state_factor(outer: OuterSettings) -> float:
@@ -136,25 +166,38 @@ def num_buffers(model: ModelSettings) -> int:
     return model.num_layers * sum(math.prod(shape) for shape in one_layer.values())
 
 
-def element_bytes(key: str, name: str) -> int:
-    """Return the bytes of one element in an encoding; `key` is the setting that names it."""
-    if name not in ELEMENT_BYTES:
-        raise SettingsError(
-            f"{key}={name} has no cost model: it is not one of {', '.join(ELEMENT_BYTES)}"
-        )
-    return ELEMENT_BYTES[name]
-
-
 @dataclass(frozen=True)
-class _PartSize:
-    """Elements that one worker holds of one fragment."""
+class _KindSize:
+    """Elements of the shared parameters or of a worker's experts, in one fragment or several."""
 
     parameters: int = 0
     buffers: int = 0
 
-    def elements(self, num_moments: int) -> int:
-        """Count weights with this many moments; buffers travel, but have no moments."""
-        return self.parameters * (1 + num_moments) + self.buffers
+    def __add__(self, other: _KindSize) -> _KindSize:
+        return _KindSize(self.parameters + other.parameters, self.buffers + other.buffers)
+
+
+@dataclass(frozen=True)
+class _PartSize:
+    """Elements that one worker holds of one fragment, or of several."""
+
+    shared: _KindSize = _KindSize()
+    experts: _KindSize = _KindSize()
+
+    def __add__(self, other: _PartSize) -> _PartSize:
+        return _PartSize(self.shared + other.shared, self.experts + other.experts)
+
+    def payload(self, codecs: CodecPair, num_moments: int) -> Payload:
+        """Return the bytes with this many moments; buffers travel, but have no moments."""
+        shared, experts = self.shared, self.experts
+        one_moment = codecs.shared.num_bytes(shared.parameters) + codecs.experts.num_bytes(
+            experts.parameters
+        )
+        return Payload(
+            codecs.shared.num_bytes(shared.parameters + shared.buffers),
+            codecs.experts.num_bytes(experts.parameters + experts.buffers),
+            num_moments * one_moment,
+        )
 
 
 def _part_sizes(
@@ -182,7 +225,7 @@ def _part_sizes(
                             parts[fragment][kind] += (stop - start) * row_size
     return [
         tuple(
-            _PartSize(all_of[0] + own[0], all_of[1] + own[1])
+            _PartSize(_KindSize(*all_of), _KindSize(*own))
             for all_of, own in zip(shared, parts, strict=True)
         )
         for parts in held
@@ -195,24 +238,34 @@ def _round_bytes(
     server_round: int,
     moved: Sequence[bool],
 ) -> RoundBytes:
+    up, down = _payloads(settings, sizes, server_round, moved)
+    return RoundBytes([payload.total for payload in up], [payload.total for payload in down])
+
+
+def _payloads(
+    settings: Settings,
+    sizes: Sequence[tuple[_PartSize, ...]],
+    server_round: int,
+    moved: Sequence[bool],
+) -> tuple[list[Payload], list[Payload]]:
     outer = settings.outer
-    up_bytes = element_bytes("wire.up", settings.wire.up)
-    down_bytes = element_bytes("wire.down", settings.wire.down)
+    codecs_up, codecs_down = settings.wire.codecs_up, settings.wire.codecs_down
     fragment = fragment_of_round(outer, server_round)
     sent = len(moments_of_round(outer, server_round))
-    up = [parts[fragment].elements(sent) * up_bytes for parts in sizes]
+    up = [parts[fragment].payload(codecs_up, sent) for parts in sizes]
     averaged = moments_of_round(outer, server_round - 1) if server_round > 1 else ()
     # A whole slice takes a moment along only once all fragments of it have been averaged.
     whole_moments = sum(_is_complete(outer, name, server_round - 1) for name in averaged)
     down = []
     for parts, has_moved in zip(sizes, moved, strict=True):
         if server_round == 1 or has_moved or outer.fragments == 1:
-            elements = sum(part.elements(whole_moments) for part in parts)
+            # One vector for all fragments together: a codec rounds its bytes up once.
+            whole = sum(parts, _PartSize())
+            down.append(whole.payload(codecs_down, whole_moments))
         else:
             lacking = fragment_of_round(outer, server_round - 1)
-            elements = parts[lacking].elements(len(averaged))
-        down.append(elements * down_bytes)
-    return RoundBytes(up, down)
+            down.append(parts[lacking].payload(codecs_down, len(averaged)))
+    return up, down
 
 
 def _is_complete(outer: OuterSettings, moment: str, last_round: int) -> bool:

@@ -1,15 +1,15 @@
 """What travels: flat vectors as Flower arrays, and the records of each message.
 
-Arrays carry raw little-endian numbers under our own serialization type, never a pickle and never a
-NumPy header, so payload bytes are exactly elements times element size and the cost model can be
-held to them. Everything read from a peer is checked before use.
+Arrays carry a codec's bytes under our own serialization type, never a pickle and never a NumPy
+header, so payload bytes are exactly what the codec says of so many numbers and the cost model can
+be held to them. Everything read from a peer is checked before use.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,18 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fomoe_flwr.codecs import vectors as codecs
+from fomoe_flwr.codecs.errors import CodecError
+from fomoe_flwr.codecs.sizes import Codec, CodecPair
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.synchronisation import MOMENTS
 
 STYPE = "fomoe.flat"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = ("shared", "experts", "moments", "overhead")
+"""What bytes are counted by."""
+
+Seed = Callable[[str], int]
+"""From the name of a vector to the seed of what is rounded by chance in it."""
 
 WEIGHTS, PSEUDO_GRADIENT, TASK, METRICS, SETUP = (
     "weights",
@@ -37,34 +44,42 @@ class WireError(ValueError):
     """A message that does not say what the protocol needs; the text names the reason."""
 
 
-def encode(vector: Tensor, dtype: str) -> Array:
-    """Turn a flat fp32 vector into an array of the given wire type."""
-    wire = vector.detach().to(DTYPES[dtype]).contiguous()
-    data = wire.view(torch.uint8).numpy().tobytes() if wire.numel() else b""
-    return Array(dtype=dtype, shape=tuple(wire.shape), stype=STYPE, data=data)
+def encode(vector: Tensor, codec: Codec | str, seed: int = 0) -> Array:
+    """Turn a flat fp32 vector into an array; a name stands for the codec with its defaults.
+
+    `seed` decides what a codec rounds by chance.
+    """
+    codec = Codec(codec) if isinstance(codec, str) else codec
+    data = codecs.encode(vector, codec, seed)
+    return Array(dtype=codec.label, shape=(vector.numel(),), stype=STYPE, data=data)
 
 
-def decode(array: Array, dtype: str, size: int) -> Tensor:
-    """Turn an array back into a flat fp32 vector of `size` elements.
+def decode(array: Array, codec: Codec | str, size: int) -> Tensor:
+    """Turn an array back into a flat fp32 vector of `size` elements, not to be written to.
 
     Raises WireError for another type, shape or length than agreed, and for non-finite numbers.
     """
-    if array.stype != STYPE or array.dtype != dtype:
+    codec = Codec(codec) if isinstance(codec, str) else codec
+    if array.stype != STYPE or array.dtype != codec.label:
         raise WireError(
-            f"array is {array.dtype}/{array.stype}, the run's settings need {dtype}/{STYPE}"
+            f"array is {array.dtype}/{array.stype}, the run's settings need {codec.label}/{STYPE}"
         )
     if tuple(array.shape) != (size,):
         raise WireError(f"array has shape {list(array.shape)}, the layout needs [{size}]")
-    expected = size * DTYPES[dtype].itemsize
-    if len(array.data) != expected:
-        raise WireError(f"array has {len(array.data)} bytes, its shape needs {expected}")
-    if size == 0:
-        return torch.empty(0)
-    # bytearray: torch wants writable memory, and received bytes are not ours to write.
-    vector = torch.frombuffer(bytearray(array.data), dtype=DTYPES[dtype]).float()
-    if not bool(torch.isfinite(vector).all()):
-        raise WireError("array holds NaN or infinite numbers")
-    return vector
+    try:
+        return codecs.decode(array.data, codec, size)
+    except CodecError as error:
+        raise WireError(str(error)) from error
+
+
+def encode_pair(
+    shared: Tensor, experts: Tensor, pair: CodecPair, seed: Seed
+) -> tuple[Array, Array]:
+    """Encode the two vectors of a record."""
+    return (
+        encode(shared, pair.shared, seed("shared")),
+        encode(experts, pair.experts, seed("experts")),
+    )
 
 
 def arrays_of(shared: Array, experts: Array) -> ArrayRecord:
@@ -76,17 +91,21 @@ def arrays_of(shared: Array, experts: Array) -> ArrayRecord:
 
 
 def vectors_in(
-    content: RecordDict, name: str, dtype: str, sizes: tuple[int, int]
+    content: RecordDict, name: str, pair: CodecPair | str, sizes: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Read the shared and the expert vector of a message. Raises WireError."""
+    """Read the shared and the expert vector of a message, not to be written to. Raises WireError.
+
+    A name stands for one codec with its defaults for both.
+    """
+    pair = CodecPair.plain(pair) if isinstance(pair, str) else pair
     record = content.array_records.get(name)
     if record is None or sorted(record) != sorted(VECTORS):
         found = sorted(record) if record is not None else sorted(content)
         raise WireError(f"needs the arrays {', '.join(VECTORS)} in {name!r} (got {found})")
-    shared, experts = (
-        decode(record[key], dtype, size) for key, size in zip(VECTORS, sizes, strict=True)
+    return (
+        decode(record["shared"], pair.shared, sizes[0]),
+        decode(record["experts"], pair.experts, sizes[1]),
     )
-    return shared, experts
 
 
 def payload_bytes(content: RecordDict) -> int:
@@ -94,6 +113,22 @@ def payload_bytes(content: RecordDict) -> int:
     return sum(
         len(array.data) for record in content.array_records.values() for array in record.values()
     )
+
+
+def bytes_by_kind(content: RecordDict) -> dict[str, int]:
+    """Return a message's bytes by what they carry.
+
+    `overhead` is the text of task and metrics; the platform's own framing comes on top of all.
+    """
+    counted = dict.fromkeys(KINDS, 0)
+    for name, record in content.array_records.items():
+        for key, array in record.items():
+            is_main = name in (WEIGHTS, PSEUDO_GRADIENT) and key in VECTORS
+            counted[key if is_main else "moments"] += len(array.data)
+    texts = [v for r in content.config_records.values() for v in r.values() if isinstance(v, str)]
+    counted["overhead"] = sum(map(len, texts))
+    counted["overhead"] += sum(8 + len(key) for r in content.metric_records.values() for key in r)
+    return counted
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def through(vector: Tensor, codec: Codec, seed: int = 0) -> Tensor:
 vectors = st_numpy.arrays(
     np.float32,
     st.integers(0, 300),
-    elements=st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-(2.0**-126), 2.0**-126, width=32),
+    elements=st.floats(-(2.0**100), 2.0**100, width=32)
+    | st.floats(-(2.0**-126), 2.0**-126, width=32),
 ).map(torch.from_numpy)
 
 
@@ -178,13 +179,16 @@ def test_stochastic_rounding_depends_on_the_seed_alone() -> None:
     assert encode(vector, codec, 3) != encode(vector, codec, 4)
 
 
-@pytest.mark.parametrize("codec", [Codec("int8"), Codec("int4"), Codec("topk_bfloat16")], ids=named)
-def test_denormals_and_huge_numbers_survive(codec: Codec) -> None:
-    for size in (TINY, 1e-40, 1e30, LARGEST):
+@pytest.mark.parametrize(
+    ("name", "error"), [("int8", 1 / 128), ("int4", 1 / 8), ("topk_bfloat16", 1 / 256)]
+)
+def test_denormals_and_huge_numbers_survive(name: str, error: float) -> None:
+    # The largest of all lies beyond what bfloat16 can say.
+    for size in (TINY, 1e-40, 1e30, 3e38 if name == "topk_bfloat16" else LARGEST):
         vector = torch.tensor([size, -size, 0.0, size / 2])
-        back = through(vector, codec)
+        back = through(vector, Codec(name))
         assert bool(torch.isfinite(back).all())
-        torch.testing.assert_close(back, vector, rtol=0.02, atol=max(0.08 * size, 1e-40))
+        torch.testing.assert_close(back, vector, rtol=0, atol=max(error * size * 1.001, 1e-40))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

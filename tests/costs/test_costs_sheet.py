@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fomoe_flwr import costs
+from fomoe_flwr.codecs.sizes import Codec
 from fomoe_flwr.config import CostSettings, Settings, SettingsError, check, load_settings
 
 CASES = [
@@ -47,7 +48,7 @@ def test_an_element_takes_its_own_bytes(words: list[str]) -> None:
     for line in costs.lines(settings):
         if line.key in ("bytes/up_per_round", "bytes/down_per_round") and "held" in line.terms:
             name = getattr(settings.wire, line.key.split("_")[0].removeprefix("bytes/"))
-            expected = costs.ELEMENT_BYTES[name]
+            expected = Codec(name).bytes_per_element
             assert line.terms["bytes_per_element"] == pytest.approx(expected, rel=1e-6)
 
 
