@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fomoe_flwr.codecs.slabs import SLAB, slabs
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, StateSpec
 from fomoe_flwr.routing import is_router_key, layer_of
@@ -64,7 +65,7 @@ class HolderMean:
         if not weight > 0:
             raise ValueError(f"a reply's weight must be > 0 (got {weight})")
         pieces = self.spec.split_experts(experts, residents)
-        shared_pieces = self.spec.split_shared(shared)
+        routers = self.spec.split_shared(shared)
         weights = [
             torch.full((len(held),), weight, dtype=torch.float64)
             if expert_weights is None
@@ -78,37 +79,26 @@ class HolderMean:
             raise ValueError("a reply's expert weights must be >= 0, one for each resident")
         self.shared_weight += weight
         self.shared_count += 1
-        self.shared += (shared - self.shared) * (weight / self.shared_weight)
-        rows = [
-            torch.tensor(held, dtype=torch.long)[w > 0]
-            for held, w in zip(residents, weights, strict=True)
-        ]
-        shares = []
-        for layer, held in enumerate(rows):
-            added = weights[layer][weights[layer] > 0]
-            self.expert_weight[layer, held] += added
-            self.expert_count[layer, held] += 1
-            shares.append(added / self.expert_weight[layer, held])
+        _draw_near(self.shared, shared, weight / self.shared_weight)
         apart = torch.zeros_like(self._spread)
+        shares = torch.zeros_like(self._spread)
+        for layer, (held, added) in enumerate(zip(residents, weights, strict=True)):
+            experts_of_layer = list(held)
+            self.expert_weight[layer, experts_of_layer] += added
+            self.expert_count[layer, experts_of_layer] += (added > 0).long()
+            total = self.expert_weight[layer, experts_of_layer]
+            shares[layer, experts_of_layer] = added / total.masked_fill(total == 0, 1)
         for entry in self.row_entries:
             layer = layer_of(entry.key)
-            held, heard = rows[layer], weights[layer] > 0
-            if entry.layer is None:
-                piece = shared_pieces[entry.key][held]
-            else:
-                piece = pieces[entry.key] if bool(heard.all()) else pieces[entry.key][heard]
-            mean = self.rows[entry.key]
-            old = mean[held]
-            difference = piece - old
-            if entry.layer is not None:
-                squares = difference.reshape(len(held), entry.row_size).square()
-                apart[layer, held] += squares.sum(1).double()
-            share = shares[layer].float().view(-1, *(1 for _ in entry.shape[1:]))
-            mean[held] = old + difference * share
-        for layer, held in enumerate(rows):
-            share = shares[layer]
-            spread = self._spread[layer, held] + share * apart[layer, held]
-            self._spread[layer, held] = (1 - share) * spread
+            mean, is_expert = self.rows[entry.key], entry.layer is not None
+            for place, expert in enumerate(residents[layer]):
+                if share := float(shares[layer, expert].float()):
+                    source = pieces[entry.key][place] if is_expert else routers[entry.key][expert]
+                    squares = _draw_near(mean[expert].view(-1), source.view(-1), share)
+                    if is_expert:
+                        apart[layer, expert] += squares
+        self._spread += shares * apart
+        self._spread *= 1 - shares
 
     def shared_means(self) -> dict[str, Tensor]:
         """Return the mean of every key that is averaged over all; empty if nobody replied."""
@@ -137,3 +127,17 @@ class HolderMean:
         Root of the weighted mean squared distance of the copies from their mean; 0 with one copy.
         """
         return self._spread.sqrt()
+
+
+def _draw_near(mean: Tensor, new: Tensor, share: float) -> float:
+    """Move a flat mean by a share of its distance to a new vector; return the squared distance.
+
+    In slabs that stay in cache, so that memory is read twice and written once.
+    """
+    squares = 0.0
+    buffer = torch.empty(min(SLAB, mean.numel()))
+    for part in slabs(mean.numel()):
+        difference = torch.sub(new[part], mean[part], out=buffer[: part.stop - part.start])
+        squares += float(torch.dot(difference, difference))
+        mean[part] += difference.mul_(share)
+    return squares

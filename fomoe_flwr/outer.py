@@ -8,12 +8,14 @@ them, so that a worker that newly holds an expert gets its moments along.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from fomoe_flwr.aggregation import HolderMean
+from fomoe_flwr.codecs.slabs import slabs
 from fomoe_flwr.config import OuterSettings
 from fomoe_flwr.model.state import Entry, State
 from fomoe_flwr.routing import layer_of
@@ -37,9 +39,18 @@ class OuterStep:
             for entry, rows, gradient in _means(mean):
                 is_expert = rows is not None
                 lr = settings.expert_lr if is_expert and settings.expert_lr else settings.lr
-                if settings.sqrt_holders:
-                    gradient = gradient * _sqrt_replies(mean, entry, rows, gradient.dim())
-                self._update(entry, entry.of(state), rows, gradient, state[entry.key], lr)
+                velocity = None
+                if settings.name == "nesterov" and settings.momentum > 0:
+                    whole = self.momentum.setdefault(entry.key, torch.zeros_like(state[entry.key]))
+                    velocity = entry.of({entry.key: whole})
+                for row in range(1) if rows is None else rows.tolist():
+                    self._update(
+                        _flat(entry.of(state), row, rows),
+                        _flat(gradient, row, rows),
+                        None if velocity is None else _flat(velocity, row, rows),
+                        lr,
+                        _sqrt_replies(mean, entry, row, rows) if settings.sqrt_holders else 1.0,
+                    )
 
     def average_moment(self, name: str, mean: HolderMean, state: State) -> None:
         """Take the workers' mean of one of Adam's moments; what nobody returned stays."""
@@ -50,32 +61,22 @@ class OuterStep:
             if rows is None:
                 target.copy_(value)
             else:
-                target[rows] = value
+                target[rows] = value[rows]
 
     def _update(
-        self,
-        entry: Entry,
-        value: Tensor,
-        rows: Tensor | None,
-        gradient: Tensor,
-        whole: Tensor,
-        lr: float,
+        self, value: Tensor, gradient: Tensor, velocity: Tensor | None, lr: float, scale: float
     ) -> None:
-        """Step as `torch.optim.SGD(nesterov=True)` does: v = mu v + g; theta -= lr (g + mu v)."""
-        step, mu = gradient, self.settings.momentum
-        if self.settings.name == "nesterov" and mu > 0:
-            velocity = self.momentum.setdefault(entry.key, torch.zeros_like(whole))
-            part = entry.of({entry.key: velocity})
-            moved = (part if rows is None else part[rows]) * mu + gradient
-            if rows is None:
-                part.copy_(moved)
-            else:
-                part[rows] = moved
-            step = gradient.add(moved, alpha=mu)
-        if rows is None:
-            value.add_(step, alpha=-lr)
-        else:
-            value[rows] = value[rows].add(step, alpha=-lr)
+        """Step as `torch.optim.SGD(nesterov=True)` does: v = mu v + g; theta -= lr (g + mu v).
+
+        On flat views, in slabs that stay in cache.
+        """
+        mu = self.settings.momentum
+        for part in slabs(value.numel()):
+            step = gradient[part] if scale == 1 else gradient[part] * scale
+            if velocity is not None:
+                velocity[part].mul_(mu).add_(step)
+                step = step.add(velocity[part], alpha=mu)
+            value[part].add_(step, alpha=-lr)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the outer state for a checkpoint."""
@@ -94,7 +95,7 @@ class OuterStep:
 
 
 def _means(mean: HolderMean) -> Iterator[tuple[Entry, Tensor | None, Tensor]]:
-    """Yield (entry, expert rows or None for the whole, mean) for all that was returned."""
+    """Yield (entry, its returned rows or None for the whole, mean of all rows)."""
     shared = mean.shared_means()
     for entry in mean.spec.shared:
         if entry.key in shared:
@@ -102,11 +103,14 @@ def _means(mean: HolderMean) -> Iterator[tuple[Entry, Tensor | None, Tensor]]:
     for entry in mean.row_entries:
         rows = mean.returned(layer_of(entry.key))
         if len(rows):
-            yield entry, rows, mean.rows[entry.key][rows]
+            yield entry, rows, mean.rows[entry.key]
 
 
-def _sqrt_replies(mean: HolderMean, entry: Entry, rows: Tensor | None, dim: int) -> Tensor:
+def _flat(tensor: Tensor, row: int, rows: Tensor | None) -> Tensor:
+    return (tensor if rows is None else tensor[row]).view(-1)
+
+
+def _sqrt_replies(mean: HolderMean, entry: Entry, row: int, rows: Tensor | None) -> float:
     if rows is None:
-        return torch.tensor(float(mean.shared_count)).sqrt()
-    count = mean.expert_count[layer_of(entry.key), rows].float().sqrt()
-    return count.view(-1, *(1 for _ in range(dim - 1)))
+        return math.sqrt(mean.shared_count)
+    return math.sqrt(mean.expert_count[layer_of(entry.key), row])

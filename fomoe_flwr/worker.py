@@ -15,8 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fomoe_flwr.codecs.vectors import seed_of
 from fomoe_flwr.config import Settings
 from fomoe_flwr.data.batches import Batches
+from fomoe_flwr.error_feedback import ErrorFeedback, Vectors
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.inner_state import InnerState, stored_weights
 from fomoe_flwr.model.execution import Execution
@@ -27,8 +29,8 @@ from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
 from fomoe_flwr.training import LocalReport, make_optimizer, train
 from fomoe_flwr.worker_cache import CACHE
 
-Vectors = tuple[Tensor, Tensor]
-"""Flat fp32 vectors of the shared parameters and of the resident experts."""
+_INNER, _FEEDBACK = "round", "feedback"
+"""What names of files on a worker's disk begin with."""
 
 
 class LostStateError(RunError):
@@ -59,10 +61,17 @@ class RoundTask:
     probe: Tensor | None = None
     """[windows, tokens] ids for which the trained model's choices are wanted."""
 
+    def seed(self, vector: str) -> int:
+        """Return the seed of what is rounded by chance in a vector that this worker sends."""
+        return seed_of(self.settings.seed, self.server_round, self.worker, vector)
+
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a worker returns: the fragment's pseudo-gradient, and moments as they are."""
+    """What a worker returns: the fragment's pseudo-gradient, and moments as they are.
+
+    Where a codec is lossy the pseudo-gradient has in it what was left of earlier ones.
+    """
 
     shared: Tensor
     experts: Tensor
@@ -101,7 +110,8 @@ def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundR
         }
         # Two thirds of the training state, and from here on nobody asks for it.
         optimizer.state.clear()
-        shared, experts = _difference(part, received, trained, task.residents)
+        difference = _difference(part, received, trained, task.residents)
+        shared, experts = _corrected(task, part, *difference)
         return RoundResult(
             shared=shared,
             experts=experts,
@@ -209,6 +219,16 @@ def _difference(part: StateSpec, received: State, trained: State, residents: Res
     return shared, experts
 
 
+def _corrected(task: RoundTask, part: StateSpec, shared: Tensor, experts: Tensor) -> Vectors:
+    """Add what codecs left behind of earlier pseudo-gradients, and write down what is left now."""
+    feedback = ErrorFeedback(task.settings.wire, task.spec, task.residents)
+    if before := _newest_before(task.state_dir, task.server_round, _FEEDBACK):
+        feedback.restore(before)
+    shared, experts = feedback.correct(part, shared, experts, task.seed)
+    feedback.save(_state_file(task.state_dir, task.server_round, _FEEDBACK))
+    return shared, experts
+
+
 def _starting_weights(task: RoundTask) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the global weights as last received, and the weights to start from.
 
@@ -251,23 +271,24 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _state_file(state_dir: Path, server_round: int) -> Path:
-    return state_dir / f"round-{server_round:06d}.safetensors"
+def _state_file(state_dir: Path, server_round: int, kind: str = _INNER) -> Path:
+    return state_dir / f"{kind}-{server_round:06d}.safetensors"
 
 
-def _newest_before(state_dir: Path, server_round: int) -> Path | None:
+def _newest_before(state_dir: Path, server_round: int, kind: str = _INNER) -> Path | None:
     """Return the last state that this worker stored: of the round before, unless it missed one."""
-    limit = _state_file(state_dir, server_round).name
-    names = sorted(item.name for item in state_dir.glob("round-*.safetensors"))
+    limit = _state_file(state_dir, server_round, kind).name
+    names = sorted(item.name for item in state_dir.glob(f"{kind}-*.safetensors"))
     earlier = [name for name in names if name < limit]
     return state_dir / earlier[-1] if earlier else None
 
 
 def _forget(state_dir: Path, keep: set[int]) -> None:
-    kept = {_state_file(state_dir, server_round).name for server_round in keep}
-    for stored in state_dir.glob("round-*.safetensors"):
-        if stored.name not in kept:
-            stored.unlink(missing_ok=True)
+    for kind in (_INNER, _FEEDBACK):
+        kept = {_state_file(state_dir, server_round, kind).name for server_round in keep}
+        for stored in state_dir.glob(f"{kind}-*.safetensors"):
+            if stored.name not in kept:
+                stored.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What every codec is called and how many bytes it makes of how many numbers. No torch.
 
-The wire and the cost model both ask here, so a prediction equals what travels. Only zstd makes sizes
-depend on the numbers: predicted bytes are then those before it.
+The wire and the cost model both ask here, so a prediction equals what travels. Only zstd makes
+sizes depend on the numbers: predicted bytes are then those before it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The largest numbers of each chunk of 4096 with their places (SparseLoCo, arXiv 2508.15706).
 
-Bytes: places as 12-bit numbers, ascending in a chunk, two in three bytes; then, for `topk_int2`, two
-bfloat16 levels for each chunk; then the numbers, as bfloat16 or as two bits: sign and which level.
+Bytes: places as 12-bit numbers, ascending in a chunk, two in three bytes; then, for `topk_int2`,
+two bfloat16 levels for each chunk; then the numbers: bfloat16, or two bits for sign and level.
 The levels are the mean sizes of what lies below and above the mean size of what is kept.
 """
 

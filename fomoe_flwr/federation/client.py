@@ -62,7 +62,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         name: wire.vectors_in(
             content,
             name,
-            settings.wire.down,
+            settings.wire.codecs_down,
             (which.shared_size, which.experts_size(header.residents)),
         )
         for name, which in (
@@ -93,10 +93,10 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
         probe=torch.tensor(header.probe) if header.probe else None,
     )
-    return _reply(header, settings, run_round(task, partial(CACHE.batches, data)))
+    return _reply(header, task, run_round(task, partial(CACHE.batches, data)))
 
 
-def _reply(header: TaskHeader, settings: Settings, result: RoundResult) -> RecordDict:
+def _reply(header: TaskHeader, task: RoundTask, result: RoundResult) -> RecordDict:
     report = result.report
     metrics = {
         "loss": report.loss,
@@ -119,13 +119,13 @@ def _reply(header: TaskHeader, settings: Settings, result: RoundResult) -> Recor
     }
     if result.choices is not None:
         answered |= wire.choices_fields(result.choices)
-    up = settings.wire.up
     content = RecordDict(
         {wire.METRICS: wire.metrics_record(metrics), wire.TASK: wire.json_record(answered)}
     )
     gradient = (result.shared, result.experts)
     for name, (shared, experts) in {wire.PSEUDO_GRADIENT: gradient, **result.moments}.items():
-        content[name] = wire.arrays_of(wire.encode(shared, up), wire.encode(experts, up))
+        arrays = wire.encode_pair(shared, experts, task.settings.wire.codecs_up, task.seed)
+        content[name] = wire.arrays_of(*arrays)
     return content
 
 
