@@ -60,9 +60,7 @@ class ErrorFeedback:
             self._keep(part.expert, error, part.split_experts(error, self.residents))
         return shared, experts
 
-    def _keep(
-        self, entries: tuple[Entry, ...], error: Tensor, pieces: dict[str, Tensor]
-    ) -> None:
+    def _keep(self, entries: tuple[Entry, ...], error: Tensor, pieces: dict[str, Tensor]) -> None:
         # A pseudo-gradient that is not finite is refused; what was left before stays.
         if not error.numel() or not bool(torch.isfinite(error[0])):
             return

@@ -126,7 +126,7 @@ class ReplyReader:
             name: wire.vectors_in(
                 content,
                 name,
-                self.settings.wire.up,
+                self.settings.wire.codecs_up,
                 (mean.spec.shared_size, mean.spec.experts_size(residents)),
             )
             for name, mean in means.by_name.items()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.federation.replies import Reply
+from fomoe_flwr.federation.wire import Traffic
 from fomoe_flwr.layout import Layout, Rehomed
 from fomoe_flwr.model.router_probe import RoutingCounts
 
@@ -42,8 +43,8 @@ class RoundRecord:
     """Metrics of every worker whose reply was folded."""
     failures: dict[int, str] = field(default_factory=dict)
     """Reason for every worker whose reply was not."""
-    bytes_up: int = 0
-    bytes_down: int = 0
+    up: Traffic = field(default_factory=Traffic)
+    down: Traffic = field(default_factory=Traffic)
     missing_experts: int = 0
     """(layer, expert) pairs that nobody returned: value and outer state kept."""
     send_seconds: float = 0.0
@@ -57,6 +58,16 @@ class RoundRecord:
         self.counts[worker] = reply.counts
         if reply.choices is not None:
             self.choices[worker] = reply.choices
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload bytes of all replies."""
+        return self.up.payload
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload bytes of all tasks."""
+        return self.down.payload
 
     @property
     def load(self) -> Tensor:

@@ -290,6 +290,8 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "moe/missing_experts": record.missing_experts,
         "comm/bytes_up": record.bytes_up,
         "comm/bytes_down": record.bytes_down,
+        **{f"comm/bytes_up/{kind}": count for kind, count in record.up.by_kind.items()},
+        **{f"comm/bytes_down/{kind}": count for kind, count in record.down.by_kind.items()},
         "round/workers_ok": len(record.replies),
         "round/workers_failed": len(record.failures),
         "round/failures": {str(w): reason for w, reason in sorted(record.failures.items())},

@@ -22,7 +22,6 @@ from torch import Tensor
 from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import expert_room, layout_context
 from fomoe_flwr.errors import RunError, one_line
-from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.attendance import Attendance
 from fomoe_flwr.federation.memory import Memory
 from fomoe_flwr.federation.replies import ReplyReader, RoundMeans
@@ -193,7 +192,8 @@ class FoMoEStrategy(Strategy):
         patience = timeout or self.settings.federation.round_timeout_seconds
         started = time.monotonic()
         messages = list(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
-        self._round.bytes_down = sum(wire.payload_bytes(m.content) for m in messages)
+        for message in messages:
+            self._round.down.add(message.content)
         sent = push(grid, messages)
         del messages
         self._sent = {i: self.seats.worker_of_node[node] for i, node in sent.items()}
@@ -324,7 +324,7 @@ class FoMoEStrategy(Strategy):
         """Read a reply, then fold it; what cannot be read changes nothing. Raises WireError."""
         record = self._round
         if message.has_content():
-            record.bytes_up += wire.payload_bytes(message.content)
+            record.up.add(message.content)
         reply = self._reader.read(message, worker, record.server_round, record.layout, means)
         means.fold(reply)
         record.take(worker, reply)

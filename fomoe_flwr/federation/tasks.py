@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from flwr.app import Array, Message, MessageType, RecordDict
 from torch import Tensor
 
+from fomoe_flwr.codecs.vectors import seed_of
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.memory import Memory
@@ -49,7 +50,7 @@ class TaskWriter:
 
         `keep_rounds` are the rounds whose inner state workers must keep.
         """
-        down = self.settings.wire.down
+        down = self.settings.wire.codecs_down
         # One encoded vector for all workers that get the same part: it is uploaded once.
         shared: dict[tuple[int, str], Array] = {}
         messages = []
@@ -79,8 +80,12 @@ class TaskWriter:
             for name, values in {wire.WEIGHTS: self.state, **carried}.items():
                 spec = part if name == wire.WEIGHTS else part.parameters()
                 if (fragment, name) not in shared:
-                    shared[fragment, name] = wire.encode(spec.pack_shared(values), down)
-                experts = wire.encode(spec.pack_experts(values, residents), down)
+                    seed = seed_of(self.settings.seed, server_round, name)
+                    packed = spec.pack_shared(values)
+                    shared[fragment, name] = wire.encode(packed, down.shared, seed)
+                seed = seed_of(self.settings.seed, server_round, name, worker)
+                packed = spec.pack_experts(values, residents)
+                experts = wire.encode(packed, down.experts, seed)
                 content[name] = wire.arrays_of(shared[fragment, name], experts)
             ttl = self.settings.federation.round_timeout_seconds
             messages.append(Message(content, nodes[worker], MessageType.TRAIN, ttl=ttl))

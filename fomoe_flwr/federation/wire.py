@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -115,20 +115,30 @@ def payload_bytes(content: RecordDict) -> int:
     )
 
 
-def bytes_by_kind(content: RecordDict) -> dict[str, int]:
-    """Return a message's bytes by what they carry.
+@dataclass
+class Traffic:
+    """Bytes of one direction, by what they carry.
 
-    `overhead` is the text of task and metrics; the platform's own framing comes on top of all.
+    `overhead` is the text of tasks and metrics; the platform's own framing comes on top of all.
     """
-    counted = dict.fromkeys(KINDS, 0)
-    for name, record in content.array_records.items():
-        for key, array in record.items():
-            is_main = name in (WEIGHTS, PSEUDO_GRADIENT) and key in VECTORS
-            counted[key if is_main else "moments"] += len(array.data)
-    texts = [v for r in content.config_records.values() for v in r.values() if isinstance(v, str)]
-    counted["overhead"] = sum(map(len, texts))
-    counted["overhead"] += sum(8 + len(key) for r in content.metric_records.values() for key in r)
-    return counted
+
+    by_kind: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+
+    @property
+    def payload(self) -> int:
+        """Bytes of arrays."""
+        return sum(self.by_kind.values()) - self.by_kind["overhead"]
+
+    def add(self, content: RecordDict) -> None:
+        """Count a message."""
+        for name, arrays in content.array_records.items():
+            for key, array in arrays.items():
+                is_main = name in (WEIGHTS, PSEUDO_GRADIENT) and key in VECTORS
+                self.by_kind[key if is_main else "moments"] += len(array.data)
+        for words in content.config_records.values():
+            self.by_kind["overhead"] += sum(len(v) for v in words.values() if isinstance(v, str))
+        for numbers in content.metric_records.values():
+            self.by_kind["overhead"] += sum(len(key) + 8 for key in numbers)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import (
     RoundSeconds,
-    element_bytes,
     num_buffers,
     parameter_counts,
     star_seconds,
@@ -85,8 +84,8 @@ class Model:
         self.idle_flops = token_flops(settings.model, length, 0).train
         self.expert_flops = token_flops(settings.model, length, 1).train - self.idle_flops
         self.states = state_factor(settings.outer) / settings.outer.fragments
-        self.up_bytes = element_bytes("wire.up", settings.wire.up)
-        self.down_bytes = element_bytes("wire.down", settings.wire.down)
+        self.up_bytes = settings.wire.codecs_up.mean_bytes(counts.shared, counts.expert)
+        self.down_bytes = settings.wire.codecs_down.mean_bytes(counts.shared, counts.expert)
 
     def room(self, site: NamedSite) -> int:
         """Return how many experts of each layer a site can hold beside what is shared."""
