@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from functools import cache
@@ -20,13 +21,18 @@ def environment() -> dict[str, str]:
         "environment/torch": torch.__version__,
         "environment/python": platform.python_version(),
         "environment/machine": (
-            f"{platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads"
+            f"{platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads{_gpu_name()}"
         ),
         "environment/commit": _commit(),
     }
 
 
+def _gpu_name() -> str:
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+
+
 def _commit() -> str:
+    """Ask git, or where there is no checkout the variable that CI systems set."""
     root = Path(__file__).resolve().parents[2]
     try:
         found = subprocess.run(
@@ -37,7 +43,7 @@ def _commit() -> str:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("GIT_COMMIT", "unknown")
     return found.stdout.strip()
 
 
