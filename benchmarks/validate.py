@@ -40,7 +40,7 @@ from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.apps import client_app
 from fomoe_flwr.federation.in_process import run_in_process
 from fomoe_flwr.federation.in_process_grid import InProcessGrid
-from fomoe_flwr.federation.server import Server
+from fomoe_flwr.federation.server import serve
 from fomoe_flwr.inner_state import InnerState
 from fomoe_flwr.layout import Layout, draw_layout
 from fomoe_flwr.model.families import transformers_config
@@ -431,9 +431,8 @@ def timed_rounds(settings: Settings, words: str, mbps: float) -> Iterable[Row]:
             for index in range(workers)
         ]
         with silence():
-            server = Server(settings)
             grid = LinkedGrid(links, folder / "workers")
-            server.serve(grid)
+            serve(settings, lambda run: grid)
         rows = [json.loads(line) for line in lines_of(folder / "run/metrics.jsonl")]
     layout = first_layout(settings)
     site = costs.Site(1.0, 1e6 * mbps * GOODPUT, 1e6 * mbps * GOODPUT, LATENCY_SECONDS)

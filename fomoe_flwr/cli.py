@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fomoe_flwr import __version__
-from fomoe_flwr.config import PATHS, Settings, SettingsError, expand_files, load_settings
+from fomoe_flwr.cli_federation import add_federation
+from fomoe_flwr.config import SettingsError, expand_files, load_settings
 from fomoe_flwr.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     step.add_argument("--to", type=Path, default=None, help="write the JSON object to this file")
     step.set_defaults(run=_bench_step)
+    add_federation(commands)
     return parser
 
 
@@ -217,8 +219,10 @@ def _worker(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     overrides = expand_files(options.overrides)
-    settings = _absolute(load_settings(overrides))
     from fomoe_flwr.preflight import preflight
+    from fomoe_flwr.run_directory import absolute
+
+    settings = absolute(load_settings(overrides))
 
     preflight(settings)
     if settings.engine == "flower":
@@ -247,19 +251,6 @@ def _sweep(options: argparse.Namespace) -> int:
     else:
         raise InputError("a sweep needs something that varies, e.g. seed=0,1,2")
     return 0 if done else 1
-
-
-def _absolute(settings: Settings) -> Settings:
-    """Make every path absolute, from the working directory of this command."""
-    from fomoe_flwr.run_directory import default_output_dir
-
-    chosen = Path(settings.output_dir) if settings.output_dir else None
-    path = chosen or default_output_dir(settings, Path("outputs"))
-    settings.output_dir = str(path.expanduser().resolve())
-    for group, key in PATHS:
-        if given := getattr(getattr(settings, group), key):
-            setattr(getattr(settings, group), key, str(Path(given).expanduser().resolve()))
-    return settings
 
 
 def _costs(options: argparse.Namespace) -> int:

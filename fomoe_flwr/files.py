@@ -29,6 +29,14 @@ def save_json(value: Any, path: Path) -> None:
     save_text(json.dumps(value, indent=2) + "\n", path)
 
 
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line, durably."""
+    with path.open("a", encoding="utf-8") as sink:
+        sink.write(json.dumps(dict(value)) + "\n")
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a folder under a temporary name, then give it its name; replaces an older one."""
     draft = _draft_of(path)
@@ -46,6 +54,12 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def keep_newest(folder: Path, pattern: str, count: int) -> None:
+    """Remove all but the last `count` files, by name, of those that match."""
+    for old in sorted(folder.glob(pattern))[: -count or None]:
+        old.unlink(missing_ok=True)
 
 
 def remove_drafts(folder: Path) -> None:

@@ -5,7 +5,7 @@ summary.json     status and totals            routing.jsonl   one object a round
 tokenizer/       as trained or given          layout.json     round -> layer -> worker -> experts
 checkpoints/     see `checkpoint`             samples/        text after each evaluation
 plots/, report.html                           workers/        inner state (simulation only)
-export/          transformers checkpoint
+export/          transformers checkpoint      heartbeat.json  which process is at what
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fomoe_flwr.config import Settings, SettingsError
-from fomoe_flwr.files import save_json, save_text
+from fomoe_flwr.config import PATHS, Settings, SettingsError
+from fomoe_flwr.files import append_line, save_json, save_text
 
 
 class RunDirectory:
@@ -31,6 +31,7 @@ class RunDirectory:
         self.routing = path / "routing.jsonl"
         self.summary = path / "summary.json"
         self.layout = path / "layout.json"
+        self.heartbeat = path / "heartbeat.json"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
         self.plots = path / "plots"
@@ -45,7 +46,7 @@ class RunDirectory:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one round."""
-        _append_line(self.metrics, row)
+        append_line(self.metrics, row)
 
     def read_routing(self) -> list[dict[str, Any]]:
         """Read the routing tables of the rounds so far, as `read_metrics` does."""
@@ -53,7 +54,7 @@ class RunDirectory:
 
     def append_routing(self, row: Mapping[str, Any]) -> None:
         """Add one round's routing tables."""
-        _append_line(self.routing, row)
+        append_line(self.routing, row)
 
     def forget_rounds_after(self, server_round: int) -> None:
         """Drop rounds that a resume will repeat."""
@@ -99,17 +100,21 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _append_line(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as sink:
-        sink.write(json.dumps(dict(row)) + "\n")
-        sink.flush()
-        os.fsync(sink.fileno())
-
-
 def default_output_dir(settings: Settings, root: Path) -> Path:
     """Name a new run after experiment, preset and time."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return root / f"{stamp}-{settings.experiment}-{settings.preset}"
+
+
+def absolute(settings: Settings) -> Settings:
+    """Make every path absolute, from the working directory of this command."""
+    chosen = Path(settings.output_dir) if settings.output_dir else None
+    path = chosen or default_output_dir(settings, Path("outputs"))
+    settings.output_dir = str(path.expanduser().resolve())
+    for group, key in PATHS:
+        if given := getattr(getattr(settings, group), key):
+            setattr(getattr(settings, group), key, str(Path(given).expanduser().resolve()))
+    return settings
 
 
 def claim_output_dir(settings: Settings) -> None:
@@ -127,7 +132,7 @@ def claim_output_dir(settings: Settings) -> None:
             f"output_dir={path} cannot be written: {error.strerror}; give another output_dir"
         ) from error
     taken = RunDirectory(path)
-    if not settings.resume and (taken.metrics.exists() or taken.checkpoints.exists()):
+    if not settings.resume and (taken.metrics.exists() or any(taken.checkpoints.glob("round-*"))):
         raise SettingsError(
             f"output_dir={path} already holds a run: give another output_dir, "
             f"or resume={path} to go on with it"

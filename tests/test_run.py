@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fomoe_flwr.checkpoint import stored_rounds
 from fomoe_flwr.cli import main
 from fomoe_flwr.config import load_settings, read_settings
 from fomoe_flwr.federation.in_process_grid import InProcessGrid
 from fomoe_flwr.federation.launch import words_for
+from fomoe_flwr.heartbeat import Heartbeat
 from fomoe_flwr.report import live
 from fomoe_flwr.run_directory import RunDirectory
 from fomoe_flwr.tracking import Tracker
@@ -91,9 +93,13 @@ def start(words: list[str], tmp_path: Path) -> Start:
 
 
 def lasting(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return the metrics that a repetition must repeat: all but the times."""
+    """Return the metrics that a repetition must repeat: all but times and the text of paths."""
     return [
-        {k: v for k, v in row.items() if "seconds" not in k and k != "train/tokens_per_second"}
+        {
+            k: v
+            for k, v in row.items()
+            if "seconds" not in k and k != "train/tokens_per_second" and "overhead" not in k
+        }
         for row in run.read_metrics()
     ]
 
@@ -475,7 +481,23 @@ def test_a_run_cannot_be_resumed_with_fewer_rounds_than_it_has_done(
     assert read_settings(run.config).rounds == 2
 
 
-def test_a_run_that_never_reached_a_checkpoint_cannot_be_resumed(
+def test_a_run_stopped_in_its_first_round_is_resumed_from_its_untrained_model(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fomoe_flwr.federation.server import Server
+
+    whole = start("whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, Server, "_close_round", lambda record: True)
+        with pytest.raises(StoppedError):
+            start("run")
+    run = RunDirectory(tmp_path / "run")
+    assert stored_rounds(run.checkpoints) == [0]
+    resume(run)
+    assert_same_end(whole, run)
+
+
+def test_a_run_that_never_wrote_a_checkpoint_cannot_be_resumed_but_begun_again(
     start: Start,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -484,12 +506,28 @@ def test_a_run_that_never_reached_a_checkpoint_cannot_be_resumed(
     from fomoe_flwr.federation.server import Server
 
     with monkeypatch.context() as patch:
-        stop_at(patch, Server, "_close_round", lambda record: True)
+        stop_at(patch, Server, "_evaluate_start", lambda: True)
         with pytest.raises(StoppedError):
             start("run")
     capsys.readouterr()
     assert main(["run", f"resume={tmp_path / 'run'}"]) == 2
     assert "holds no checkpoint: nothing to resume from" in only_error(capsys)
+    assert start("run").read_summary()["status"] == "completed"
+
+
+def test_a_run_directory_has_one_writer(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start("run")
+    before = run.read_summary()
+    with Heartbeat(run.heartbeat):
+        capsys.readouterr()
+        assert main(["run", f"resume={run.path}"]) == 1
+        assert only_error(capsys) == (
+            f"another process writes to {run.path}: end it before you resume the run"
+        )
+    assert run.read_summary() == before
+    resume(run)
 
 
 def only_error(capsys: pytest.CaptureFixture[str]) -> str:

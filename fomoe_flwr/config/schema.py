@@ -239,6 +239,8 @@ class EvalSettings:
     """Held-out tokens on which the choices of routers are compared; 0 compares nothing."""
     sample_prompt: str = "The "
     sample_tokens: int = _number(80, at_least=0)
+    keep_samples: int = _number(100, at_least=1)
+    """Samples of text to keep, the newest ones."""
 
 
 @dataclass
@@ -260,6 +262,9 @@ class FederationSettings:
     cpus_per_worker: int = _number(1, at_least=1)
     gpus_per_worker: float = _number(0.0, at_least=0)
     round_timeout_seconds: float = _number(3600, above=0)
+    grace_seconds: float = _number(0, at_least=0)
+    """How long a round waits for the others once `min_workers` have replied; 0: to its timeout.
+    With a grace period replies are folded as they come, not in worker order."""
     node_wait_seconds: float = _number(30, at_least=0)
 
 

@@ -20,12 +20,12 @@ client_app = ClientApp()
 def main(grid: Grid, context: Context) -> None:
     """Run config -> settings -> checks -> server."""
     from fomoe_flwr.federation.run_config import settings_of
-    from fomoe_flwr.federation.server import Server
+    from fomoe_flwr.federation.server import serve
     from fomoe_flwr.preflight import preflight
 
     settings = settings_of(context.run_config)
     preflight(settings)
-    Server(settings).serve(grid)
+    serve(settings, lambda run: grid)
 
 
 @client_app.query()

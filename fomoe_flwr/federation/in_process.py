@@ -5,11 +5,10 @@ from __future__ import annotations
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation.apps import client_app
 from fomoe_flwr.federation.in_process_grid import InProcessGrid
-from fomoe_flwr.federation.server import Server
+from fomoe_flwr.federation.server import serve
 
 
 def run_in_process(settings: Settings) -> bool:
     """Train all rounds; return True, or raise what stopped them."""
-    server = Server(settings)
-    server.serve(InProcessGrid(client_app, settings.layout.num_workers, server.run.workers))
-    return server.rounds_done == settings.rounds
+    workers = settings.layout.num_workers
+    return serve(settings, lambda run: InProcessGrid(client_app, workers, run.workers))

@@ -7,22 +7,20 @@ succeeded is read from its summary: `flwr run --stream` exits 0 even when a run 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from fomoe_flwr.config import PATHS, Settings, SettingsError
+from fomoe_flwr.federation.processes import (
+    end_family,
+    environment,
+    free_port,
+    start,
+    tool,
+    wait_until_healthy,
+)
 from fomoe_flwr.federation.run_config import quoted
 from fomoe_flwr.files import save_text
 from fomoe_flwr.run_directory import RunDirectory
@@ -40,22 +38,20 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
     run = RunDirectory(Path(settings.output_dir))
     home = run.path / "flower"
     home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     save_text(
         f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
         f'address = "127.0.0.1:{port}"\ninsecure = true\n',
         home / "config.toml",
     )
-    words = words_for(settings, overrides)
     run_config = home / "run_config.toml"
-    save_text(
-        f"overrides = {_toml(shlex.join(words))}\nstate-dir = {_toml(str(run.workers))}\n",
-        run_config,
-    )
-    environment = _environment(home)
-    link = _start_superlink(port, home, environment)
+    write_run_config(run_config, settings, overrides, run.workers)
+    variables, log = environment(home, home), home / "superlink.log"
+    link = start(_link_command(port), variables, home, log)
     try:
-        _wait_until_healthy(link, port, home)
+        wait_until_healthy(
+            f"127.0.0.1:{port}", None, lambda: link.poll() is None, log, _START_SECONDS
+        )
         limits = settings.federation
         federation = (
             f"num-supernodes={settings.layout.num_workers} "
@@ -63,7 +59,7 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
             f"client-resources-num-gpus={limits.gpus_per_worker}"
         )
         command = [
-            _tool("flwr"),
+            tool("flwr"),
             "run",
             str(root),
             _CONNECTION,
@@ -74,10 +70,28 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
             federation,
         ]
         print("+ " + shlex.join(command), flush=True)
-        subprocess.run(command, env=environment, cwd=run.path, check=False)
+        subprocess.run(command, env=variables, cwd=run.path, check=False)
     finally:
-        _stop(link)
-    summary = run.read_summary()
+        end_family(home)
+    return is_complete(settings)
+
+
+def write_run_config(
+    path: Path, settings: Settings, overrides: Sequence[str], state_dir: Path | None = None
+) -> None:
+    """Write what `flwr run --run-config` takes for these settings.
+
+    `state_dir` is where workers shall keep their state, if that is not for the nodes to say.
+    """
+    text = f"overrides = {_toml(shlex.join(words_for(settings, overrides)))}\n"
+    if state_dir is not None:
+        text += f"state-dir = {_toml(str(state_dir))}\n"
+    save_text(text, path)
+
+
+def is_complete(settings: Settings) -> bool:
+    """Tell from a run's summary whether all of its rounds were done."""
+    summary = RunDirectory(Path(settings.output_dir)).read_summary()
     return summary.get("status") == "completed" and summary.get("rounds_done") == settings.rounds
 
 
@@ -111,89 +125,15 @@ def project_root() -> Path:
     return root
 
 
-def _environment(home: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # Otherwise every run installs the app's dependencies, torch included, into a fresh
-        # environment that shadows this one.
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        # Otherwise Ray joins, or waits for, any cluster that was ever started on this machine.
-        "RAY_ADDRESS": "local",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONUNBUFFERED": "1",
-        # The SuperLink starts its helpers by name.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
-
-
-def _start_superlink(port: int, home: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with (home / "superlink.log").open("ab") as log:
-        return subprocess.Popen(
-            [
-                _tool("flower-superlink"),
-                "--insecure",
-                "--simulation",
-                "--isolation",
-                "subprocess",
-                "--disable-runtime-dependency-installation",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-            ],
-            env=environment,
-            cwd=home,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
-def _wait_until_healthy(link: subprocess.Popen[bytes], port: int, home: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if link.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise RuntimeError(f"Flower's SuperLink did not start; its log is {home / 'superlink.log'}")
-
-
-def _stop(link: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and every process it started, by pid."""
-    try:
-        family = [psutil.Process(link.pid), *psutil.Process(link.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    for process in family:
-        _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=5)
-    for process in alive:
-        _signal(process, signal.SIGKILL)
-    link.wait(timeout=10)
-
-
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
-
-
-def _tool(name: str) -> str:
-    """Return the command of this very environment, activated or not."""
-    path = Path(sys.executable).parent / name
-    return str(path) if path.exists() else name
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _link_command(port: int) -> list[str]:
+    return [
+        tool("flower-superlink"),
+        "--insecure",
+        "--simulation",
+        *("--isolation", "subprocess"),
+        "--disable-runtime-dependency-installation",
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
 
 
 def _toml(text: str) -> str:

@@ -47,9 +47,19 @@ class RoundRecord:
     down: Traffic = field(default_factory=Traffic)
     missing_experts: int = 0
     """(layer, expert) pairs that nobody returned: value and outer state kept."""
+    late_replies: int = 0
+    """Replies to tasks of earlier rounds that came, and were dropped, during this one."""
+    rejoined: set[int] = field(default_factory=set)
+    """Workers whose reply counts in this round but did not in the one before."""
+    configure_seconds: float = 0.0
+    """To draw the layout and write the tasks."""
     send_seconds: float = 0.0
     train_seconds: float = 0.0
     """From the last message sent to the last reply folded."""
+    receive_seconds: float = 0.0
+    """Of these, to take replies from the SuperLink; in this process, to train too."""
+    fold_seconds: float = 0.0
+    """Of these, to decode, check and fold replies."""
     outer_seconds: float = 0.0
 
     def take(self, worker: int, reply: Reply) -> None:

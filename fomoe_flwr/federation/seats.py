@@ -147,13 +147,3 @@ def push(grid: Grid, messages: list[Message]) -> dict[str, int]:
     taken = set(grid.push_messages(messages))
     nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
     return {message_id: node for message_id, node in nodes.items() if message_id in taken}
-
-
-def wait(grid: Grid, message_id: str, deadline: float) -> Message | None:
-    """Return a message's reply, or None when the deadline (monotonic seconds) passes first."""
-    while True:
-        for reply in grid.pull_messages([message_id]):
-            return reply
-        if time.monotonic() >= deadline:
-            return None
-        time.sleep(POLL_SECONDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
 from fomoe_flwr.federation.strategy import FoMoEStrategy
-from fomoe_flwr.files import save_text
+from fomoe_flwr.files import keep_newest, save_text
+from fomoe_flwr.heartbeat import Heartbeat
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.state import StateSpec, load_state, state_of
@@ -64,11 +65,15 @@ class _Evaluator:
 
 
 class Server:
-    """One run on the server: owns the global model and the run directory."""
+    """One run on the server: owns the global model and the run directory.
 
-    def __init__(self, settings: Settings) -> None:
+    `heartbeat` is the hold on that directory, which the caller has taken.
+    """
+
+    def __init__(self, settings: Settings, heartbeat: Heartbeat) -> None:
         self.settings = settings
         self.run = RunDirectory(Path(settings.output_dir))
+        self.heartbeat = heartbeat
         self.tokenizer: PreTrainedTokenizerFast = (
             load_tokenizer(self.run.tokenizer) if settings.resume else prepare_tokenizer(settings)
         )
@@ -118,14 +123,16 @@ class Server:
 
     def serve(self, grid: Grid) -> None:
         """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
-        strategy = self.strategy
         try:
-            report.print_start(self.settings, self.run, strategy.layout(self.rounds_done + 1))
+            report.print_start(self.settings, self.run, self.strategy.layout(self.rounds_done + 1))
             self._write_summary("running")
             if self.rounds_done == 0:
                 self._evaluate_start()
+                # From here on there is something to resume, whatever happens in round 1.
+                self._save(None)
             self.routing.begin(self.model)
-            strategy.start(grid)
+            self.heartbeat.note("train", self.rounds_done + 1)
+            self.strategy.start(grid)
             self._finish()
         except BaseException as error:
             self._write_summary("failed", {"error": f"{type(error).__name__}: {error}"})
@@ -163,6 +170,7 @@ class Server:
         row["round/routing_seconds"] = time.monotonic() - started
         if server_round % settings.eval.every == 0 or is_last:
             started = time.monotonic()
+            self.heartbeat.note("evaluate", server_round)
             row |= _eval_row(self.evaluator(self.model))
             row["round/eval_seconds"] = time.monotonic() - started
             self._sample(server_round)
@@ -176,12 +184,15 @@ class Server:
         self.run.append_routing(tables)
         started = time.monotonic()
         row["round/seconds"] = started - record.started
+        row["round/ended_unix_seconds"] = time.time()
         if server_round % settings.checkpoint.every == 0 or is_last:
+            self.heartbeat.note("checkpoint", server_round)
             self._save(row)
         row["round/checkpoint_seconds"] = time.monotonic() - started
         row["round/seconds"] = time.monotonic() - record.started
         self.tracker.log(row)
         self._write_summary("running")
+        self.heartbeat.note("train", min(server_round + 1, settings.rounds))
         report.print_round(row, settings.rounds)
         self.live.refresh()
         return MetricRecord({k: v for k, v in row.items() if isinstance(v, int | float)})
@@ -197,8 +208,9 @@ class Server:
             )
             self.run.samples.mkdir(exist_ok=True)
             save_text(text + "\n", self.run.samples / f"round-{server_round:06d}.txt")
+            keep_newest(self.run.samples, "round-*.txt", self.settings.eval.keep_samples)
 
-    def _save(self, row: Mapping[str, Any]) -> None:
+    def _save(self, row: Mapping[str, Any] | None) -> None:
         state = {
             "run_key": self.run_key,
             "spec_digest": self.spec.digest(),
@@ -232,7 +244,7 @@ class Server:
         self.run_key = str(checkpoint.state["run_key"])
         self.run.forget_rounds_after(self.rounds_done)
         rows = self.run.read_metrics()
-        if not rows or rows[-1]["round"] != self.rounds_done:
+        if self.rounds_done and (not rows or rows[-1]["round"] != self.rounds_done):
             # The run was killed between its checkpoint and its line.
             self.run.append_metrics(checkpoint.state["row"])
         memory: Mapping[str, Any] = checkpoint.state["memory"]
@@ -296,11 +308,20 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "round/workers_failed": len(record.failures),
         "round/failures": {str(w): reason for w, reason in sorted(record.failures.items())},
         "round/fresh_inner_states": int(sum(reply.get("fresh_state", 0) for reply in replies)),
+        "round/participants": sorted(record.replies),
+        "round/late_replies": record.late_replies,
+        "round/rejoined": sorted(record.rejoined),
+        "round/rejoined_fresh": sum(
+            bool(record.replies[worker].get("fresh_state", 0)) for worker in record.rejoined
+        ),
+        "round/configure_seconds": record.configure_seconds,
         "round/send_seconds": record.send_seconds,
         "round/train_seconds": record.train_seconds,
         "round/worker_seconds": {
             str(worker): reply["seconds"] for worker, reply in sorted(record.replies.items())
         },
+        "round/receive_seconds": record.receive_seconds,
+        "round/fold_seconds": record.fold_seconds,
         "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
         "round/outer_seconds": record.outer_seconds,
         "layout/digest": record.layout.digest(),
@@ -319,3 +340,12 @@ def _eval_row(result: EvalReport) -> dict[str, Any]:
         "eval/tokens": result.tokens,
         **{f"eval/bits_per_byte/{k}": v for k, v in result.domain_bits_per_byte.items()},
     }
+
+
+def serve(settings: Settings, make_grid: Callable[[RunDirectory], Grid]) -> bool:
+    """Hold the run directory and train; return True, or raise what stopped it."""
+    run = RunDirectory(Path(settings.output_dir))
+    with Heartbeat(run.heartbeat) as heartbeat:
+        server = Server(settings, heartbeat)
+        server.serve(make_grid(run))
+    return server.rounds_done == settings.rounds

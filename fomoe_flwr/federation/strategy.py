@@ -8,7 +8,7 @@ outer step. It evaluates, saves and prints nothing: the server hangs that on `on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
@@ -26,8 +26,9 @@ from fomoe_flwr.federation.attendance import Attendance
 from fomoe_flwr.federation.memory import Memory
 from fomoe_flwr.federation.replies import ReplyReader, RoundMeans
 from fomoe_flwr.federation.round_record import RoundRecord
-from fomoe_flwr.federation.seats import RunIdentity, Seats, push, wait
+from fomoe_flwr.federation.seats import POLL_SECONDS, RunIdentity, Seats, push
 from fomoe_flwr.federation.tasks import TaskWriter
+from fomoe_flwr.federation.waiting import Waiting
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.layout import Layout, Rehomed, check_layout, draw_layout, settle
 from fomoe_flwr.model.state import StateSpec
@@ -86,7 +87,7 @@ class FoMoEStrategy(Strategy):
             layout_context(settings), Attendance(layout.num_workers, layout.rehome_after)
         )
         self._round = RoundRecord(0, self.layout(max(1, first_round)))
-        self._sent: dict[str, int] = {}
+        self._waiting = Waiting(settings.federation)
 
     def layout(self, server_round: int) -> Layout:
         """Return the layout of the round to come, should the workers be there that are expected.
@@ -190,35 +191,64 @@ class FoMoEStrategy(Strategy):
         self, server_round: int, grid: Grid, timeout: float | None
     ) -> MetricRecord | None:
         patience = timeout or self.settings.federation.round_timeout_seconds
-        started = time.monotonic()
         messages = list(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
+        started, record = time.monotonic(), self._round
         for message in messages:
-            self._round.down.add(message.content)
+            record.down.add(message.content)
         sent = push(grid, messages)
         del messages
-        self._sent = {i: self.seats.worker_of_node[node] for i, node in sent.items()}
-        self._round.send_seconds = time.monotonic() - started
-        self.aggregate_train(server_round, self._replies(grid, started + patience))
-        return self.on_round(self._round)
+        self._waiting.begin({i: self.seats.worker_of_node[node] for i, node in sent.items()})
+        record.send_seconds = time.monotonic() - started
+        replies = self._waiting.replies(grid, record, started + patience)
+        self.aggregate_train(server_round, replies)
+        return self.on_round(record)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Make one message per worker that has a node: shared parameters plus its residents."""
+        """Make one message per worker that has a node: shared parameters plus its residents.
+
+        A worker that still works on a task of an earlier round is left alone: a task that waits
+        behind another one comes back late as well.
+        """
         del arrays, config
-        self.seats.meet(grid)
-        nodes = self.seats.node_of_worker()
-        record = self._round = self._open_round(server_round, nodes)
+        nodes = self._gather_free(grid)
+        started = time.monotonic()
+        busy = self._waiting.busy()
+        record = self._round = self._open_round(server_round, {*nodes, *busy})
         for worker in record.absent:
             record.failures[worker] = "away after too many missed rounds"
         for worker in range(self.settings.layout.num_workers):
-            if worker not in nodes:
+            if worker in busy:
+                record.failures[worker] = f"still at its task of round {busy[worker]}"
+            elif worker not in nodes:
                 record.failures[worker] = "no node plays this worker"
-        nodes = {worker: nodes[worker] for worker in record.sent}
+        record.late_replies = self._waiting.take_late_replies()
         # A list, not a generator: Flower's HTTP grid walks it twice.
-        return self._tasks.write(
-            server_round, record.layout, nodes, self._memory, self.keep_rounds()
+        messages = self._tasks.write(
+            server_round,
+            record.layout,
+            {worker: node for worker, node in nodes.items() if worker in record.sent},
+            self._memory,
+            self.keep_rounds(),
         )
+        record.configure_seconds = time.monotonic() - started
+        return messages
+
+    def _gather_free(self, grid: Grid) -> dict[int, int]:
+        """Meet nodes and return {worker: node} of those with no task; wait until they suffice."""
+        limits = self.settings.federation
+        deadline = time.monotonic() + limits.round_timeout_seconds
+        while True:
+            before = self.seats.node_of_worker()
+            self.seats.meet(grid)
+            nodes = self.seats.node_of_worker()
+            self._waiting.forget(w for w, node in before.items() if nodes.get(w) != node)
+            self._waiting.drop_late(grid)
+            free = {w: n for w, n in nodes.items() if w not in self._waiting.busy()}
+            if len(free) >= limits.min_workers or time.monotonic() >= deadline:
+                return free
+            time.sleep(POLL_SECONDS)
 
     def _open_round(self, server_round: int, played: Collection[int]) -> RoundRecord:
         """Settle who takes part and who holds what; say so where it is not as before."""
@@ -270,7 +300,7 @@ class FoMoEStrategy(Strategy):
         record = self._round
         means = RoundMeans(self.settings.outer, self.spec, server_round)
         for message in replies:
-            worker = self._sent.get(message.metadata.reply_to_message_id, -1)
+            worker = self._waiting.sent.get(message.metadata.reply_to_message_id, -1)
             if worker in record.replies or worker < 0:
                 continue
             try:
@@ -296,6 +326,8 @@ class FoMoEStrategy(Strategy):
         record.disagreement = means.gradient.disagreement()
         record.copies = means.gradient.expert_count
         means.step(self.outer, self.state)
+        if server_round > 1:
+            record.rejoined = set(record.replies) - self._memory.current
         self._memory.note(self.settings.layout, record)
         record.outer_seconds = time.monotonic() - started
         return None, None
@@ -322,16 +354,10 @@ class FoMoEStrategy(Strategy):
 
     def _take(self, message: Message, worker: int, means: RoundMeans) -> None:
         """Read a reply, then fold it; what cannot be read changes nothing. Raises WireError."""
-        record = self._round
+        started, record = time.monotonic(), self._round
         if message.has_content():
             record.up.add(message.content)
         reply = self._reader.read(message, worker, record.server_round, record.layout, means)
         means.fold(reply)
         record.take(worker, reply)
-
-    def _replies(self, grid: Grid, deadline: float) -> Iterator[Message]:
-        """Yield replies in worker order, one in memory at a time, until the deadline."""
-        for message_id, _ in sorted(self._sent.items(), key=lambda item: item[1]):
-            reply = wait(grid, message_id, deadline)
-            if reply is not None:
-                yield reply
+        record.fold_seconds += time.monotonic() - started

@@ -24,7 +24,7 @@ from fomoe_flwr.config import Settings, load_settings
 from fomoe_flwr.errors import InputError
 from fomoe_flwr.federation.apps import client_app
 from fomoe_flwr.federation.in_process_grid import InProcessGrid
-from fomoe_flwr.federation.server import Server
+from fomoe_flwr.federation.server import serve
 from fomoe_flwr.federation.warm import frames, greeting, handover
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
@@ -525,14 +525,14 @@ def test_a_run_with_a_warm_worker_is_the_run_without_bit_by_bit(
     try:
         for name in ("warm", "here"):
             settings = tiny(small_text, tmp_path / name)
-            server = Server(settings)
-            grid = InProcessGrid(client_app, settings.layout.num_workers, server.run.workers)
+            workers = RunDirectory(tmp_path / name).workers
+            grid = InProcessGrid(client_app, settings.layout.num_workers, workers)
             for context in grid._contexts.values():
                 if name == "warm":
                     context.node_config["worker-dir"] = str(post.folder.path)
                     context.node_config["worker-idle-seconds"] = 60
             torch.set_num_threads(1)
-            server.serve(grid)
+            serve(settings, lambda run, grid=grid: grid)  # type: ignore[misc]
             runs.append(RunDirectory(tmp_path / name).read_metrics())
         log = post.folder.log.read_text(encoding="utf-8")
     finally:

@@ -23,6 +23,7 @@ from fomoe_flwr.errors import InputError
 
 _MOST_PATH_BYTES = 100
 """A socket's path must fit into the kernel's 108 bytes (104 on macOS), draft name included."""
+MOST_FOLDER_BYTES = _MOST_PATH_BYTES - len("/socket")
 _MOST_LOG_BYTES = 2**20
 
 
@@ -39,8 +40,7 @@ class Folder:
         self.log = self.path / "worker.log"
         if len(os.fsencode(self.socket)) > _MOST_PATH_BYTES:
             raise InputError(
-                f"worker-dir={path} is too long for a socket: at most "
-                f"{_MOST_PATH_BYTES - len('/socket')} bytes"
+                f"worker-dir={path} is too long for a socket: at most {MOST_FOLDER_BYTES} bytes"
             )
 
     def create(self) -> None:

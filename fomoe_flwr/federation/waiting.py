@@ -1,0 +1,91 @@
+"""Waiting for replies: in worker order or, with a grace period, as they come; and for late ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from logging import INFO
+
+from flwr.app import Message
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from fomoe_flwr.config import FederationSettings
+from fomoe_flwr.federation.round_record import RoundRecord
+from fomoe_flwr.federation.seats import POLL_SECONDS
+
+_LATE_POLL_SECONDS = 1.0
+
+
+@dataclass
+class Waiting:
+    """Tasks that are out: those of this round, and those of rounds that closed without them."""
+
+    limits: FederationSettings
+    sent: dict[str, int] = field(default_factory=dict)
+    """Message id -> worker, of this round."""
+    _late: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Message id -> (worker, round)."""
+    _num_late: int = 0
+    _looked: float = 0.0
+
+    def begin(self, sent: Mapping[str, int]) -> None:
+        """Take the tasks of a new round."""
+        self.sent = dict(sorted(sent.items(), key=lambda item: item[1]))
+
+    def replies(self, grid: Grid, record: RoundRecord, deadline: float) -> Iterator[Message]:
+        """Yield replies, one in memory at a time, until the round closes.
+
+        It closes when everybody has answered, at `deadline` (monotonic seconds), or
+        `federation.grace_seconds` after `federation.min_workers` replies were folded. Only without
+        a grace period do replies come in worker order, whoever was first: to know that a quorum is
+        there, they must be pulled as they come.
+        """
+        waiting, in_order = dict(self.sent), not self.limits.grace_seconds
+        is_over = False
+        while waiting and not is_over:
+            # At the deadline everybody is asked once more: the last may have answered long ago.
+            is_over = time.monotonic() >= deadline
+            num_arrived = 0
+            for message_id in list(waiting)[: 1 if in_order and not is_over else None]:
+                started = time.monotonic()
+                for reply in grid.pull_messages([message_id]):
+                    record.receive_seconds += time.monotonic() - started
+                    del waiting[message_id]
+                    num_arrived += 1
+                    yield reply
+                    break
+            if not num_arrived:
+                self.drop_late(grid)
+                time.sleep(POLL_SECONDS)
+            if not in_order and len(record.replies) >= self.limits.min_workers:
+                deadline = min(deadline, time.monotonic() + self.limits.grace_seconds)
+        record.late_replies += self.take_late_replies()
+        self._late |= {i: (worker, record.server_round) for i, worker in waiting.items()}
+
+    def drop_late(self, grid: Grid) -> None:
+        """Recognise replies to tasks of closed rounds; count them and let them go."""
+        if time.monotonic() - self._looked < _LATE_POLL_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for message_id, (worker, server_round) in list(self._late.items()):
+            for reply in grid.pull_messages([message_id]):
+                del self._late[message_id]
+                if reply.has_content():
+                    self._num_late += 1
+                    log(INFO, "worker %s answered round %s too late", worker, server_round)
+
+    def take_late_replies(self) -> int:
+        """Return how many replies came too late since this was asked last."""
+        number, self._num_late = self._num_late, 0
+        return number
+
+    def busy(self) -> dict[int, int]:
+        """Return {worker: round} of the tasks that are still out from rounds before."""
+        return dict(self._late.values())
+
+    def forget(self, workers: Iterable[int]) -> None:
+        """Wait no longer for what these workers were asked: other nodes play them now."""
+        gone = set(workers)
+        self._late = {i: late for i, late in self._late.items() if late[0] not in gone}
