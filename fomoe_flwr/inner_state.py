@@ -215,9 +215,15 @@ class InnerState:
             for moment in _MOMENTS:
                 value = stored.get_tensor(f"{moment}/{name}")
                 if is_expert:
-                    source = origin[layer_of(name)]
-                    rows = torch.zeros_like(parameter, device="cpu")
-                    rows[source >= 0] = value[source[source >= 0]]
-                    value = rows
+                    value = _rows(value, origin[layer_of(name)])
                 state[moment] = value.to(parameter.device)
             optimizer.state[parameter] = state
+
+
+def _rows(stored: Tensor, source: Tensor) -> Tensor:
+    """Return the stored rows at `source`, zeros where it is -1."""
+    if torch.equal(source, torch.arange(len(stored))):
+        return stored
+    rows = stored.new_zeros(len(source), *stored.shape[1:])
+    rows[source >= 0] = stored[source[source >= 0]]
+    return rows

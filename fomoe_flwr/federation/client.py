@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
 
 def answer_task(content: RecordDict, context: Context) -> RecordDict:
     """Train one round and return the pseudo-gradient with its metrics."""
+    started = time.perf_counter()
     header = TaskHeader.read(content)
     settings = CACHE.settings(header.settings)
     spec = _check_spec(settings, header.spec_digest)
@@ -93,10 +95,14 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
         probe=torch.tensor(header.probe) if header.probe else None,
     )
-    return _reply(header, task, run_round(task, partial(CACHE.batches, data)))
+    result = run_round(task, partial(CACHE.batches, data))
+    overhead = time.perf_counter() - started - result.report.seconds
+    return _reply(header, task, result, overhead)
 
 
-def _reply(header: TaskHeader, task: RoundTask, result: RoundResult) -> RecordDict:
+def _reply(
+    header: TaskHeader, task: RoundTask, result: RoundResult, overhead_seconds: float
+) -> RecordDict:
     report = result.report
     metrics = {
         "loss": report.loss,
@@ -106,6 +112,7 @@ def _reply(header: TaskHeader, task: RoundTask, result: RoundResult) -> RecordDi
         "lr": report.lr,
         "tokens": report.tokens,
         "seconds": report.seconds,
+        "overhead_seconds": overhead_seconds,
         "ghost_fraction": report.routing.ghost_fraction,
         "all_ghost_fraction": report.routing.all_ghost_fraction,
         "fresh_state": int(result.inner_state_fresh),

@@ -173,7 +173,9 @@ class Server:
             self.heartbeat.note("evaluate", server_round)
             row |= _eval_row(self.evaluator(self.model))
             row["round/eval_seconds"] = time.monotonic() - started
+            started = time.monotonic()
             self._sample(server_round)
+            row["round/sample_seconds"] = time.monotonic() - started
         self.rounds_done = server_round
         for key in ("comm/bytes_up", "comm/bytes_down"):
             self.totals[key] += row[key]
@@ -323,6 +325,9 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "round/receive_seconds": record.receive_seconds,
         "round/fold_seconds": record.fold_seconds,
         "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
+        # Sums over workers: their local steps, and what they did around them.
+        "round/local_seconds": sum(reply["seconds"] for reply in replies),
+        "round/overhead_seconds": sum(reply.get("overhead_seconds", 0.0) for reply in replies),
         "round/outer_seconds": record.outer_seconds,
         "layout/digest": record.layout.digest(),
         "layout/absent_workers": list(record.absent),

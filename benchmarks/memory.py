@@ -1,0 +1,283 @@
+"""Compare the peak memory of a worker's round with what the cost model predicts.
+
+    python benchmarks/memory.py                       # CPU: resident set of one process each
+    python benchmarks/memory.py --device cuda --json benchmarks/results/memory-gpu.json
+
+Every case is a process of its own, and on a CPU it is two: with the C library's allocator as it is
+(`default`), which keeps some of what is freed, and told to give everything back at once
+(`measured`), which shows what is really in use.
+
+A process trains a tiny model first, so that libraries and thread pools are there; what counts is
+the peak above that, in the second of two rounds on random tokens. Predicted is
+`costs.activations.peak_bytes`, and on a CPU the received weights beside it, which lie in the same
+memory there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from fomoe_flwr import report
+from fomoe_flwr.config import (
+    DataSettings,
+    ExecutionSettings,
+    LocalSettings,
+    ModelSettings,
+    Settings,
+)
+from fomoe_flwr.costs import activations, parameter_counts
+from fomoe_flwr.model import head_loss
+from fomoe_flwr.model.execution import Execution
+from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.worker import RoundTask, run_round
+
+SHARES = (1.0, 0.5, 0.25)
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc: map every tensor on its own, and unmap it when it is freed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape and how it is trained."""
+
+    model: ModelSettings
+    batch_size: int
+    sequence_length: int
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+    local: LocalSettings = field(default_factory=LocalSettings)
+
+
+def _shape(**fields: Any) -> ModelSettings:
+    return replace(ModelSettings(), **fields)
+
+
+_FINE = _shape(
+    num_layers=6, hidden_size=256, expert_size=128, num_experts=64, top_k=8, vocab_size=4096
+)
+_WIDE = _shape(
+    num_layers=4,
+    hidden_size=512,
+    expert_size=512,
+    num_heads=8,
+    num_kv_heads=8,
+    top_k=4,
+    vocab_size=8192,
+)
+CPU_CASES = {
+    "demo": Case(_shape(), 8, 128),
+    "fine": Case(_FINE, 8, 256),
+    "wide": Case(_WIDE, 4, 512),
+    "wide, chunked loss": Case(_WIDE, 4, 512, ExecutionSettings(loss="chunked")),
+    "wide, checkpointed": Case(_WIDE, 4, 512, ExecutionSettings(checkpoint_activations=True)),
+    "wide, accumulating": Case(_WIDE, 4, 512, local=replace(LocalSettings(), accumulate=2)),
+    "deep, untied": Case(
+        _shape(num_layers=8, hidden_size=256, num_experts=32, top_k=4, tie_embeddings=False), 8, 256
+    ),
+    "qwen3_moe": Case(replace(_FINE, family="qwen3_moe", num_experts=32, norm_topk=True), 8, 256),
+    "paper's block": Case(
+        _shape(
+            family="fomoe",
+            hidden_size=512,
+            expert_size=128,
+            num_heads=8,
+            num_kv_heads=8,
+            num_experts=32,
+            top_k=4,
+            num_layers=6,
+        ),
+        4,
+        256,
+    ),
+}
+_LARGE = _shape(
+    num_layers=16,
+    hidden_size=1024,
+    expert_size=512,
+    num_heads=16,
+    num_kv_heads=16,
+    num_experts=64,
+    top_k=8,
+    vocab_size=50304,
+)
+CUDA_CASES = {
+    f"olmoe 1.9B {precision}{' checkpointed' * checkpointed}, compile {compiled}": Case(
+        _LARGE,
+        4,
+        1024,
+        ExecutionSettings(compile=compiled, checkpoint_activations=checkpointed),
+        replace(LocalSettings(), precision=precision, device="cuda"),
+    )
+    for precision in ("float32", "bfloat16")
+    for checkpointed in (False, True)
+    for compiled in ("off", "on")
+}
+
+
+class RandomTokens:
+    """Endless batches of random tokens."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.generator = torch.Generator().manual_seed(0)
+
+    def next_batch(self) -> torch.Tensor:
+        """Return the next windows."""
+        shape = (self.case.batch_size, self.case.sequence_length + 1)
+        return torch.randint(0, self.case.model.vocab_size, shape, generator=self.generator)
+
+    def state(self) -> dict[str, Any]:
+        """Return no cursor."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go nowhere."""
+
+
+def settings_of(case: Case) -> Settings:
+    local = replace(case.local, batch_size=case.batch_size, steps=2)
+    data = DataSettings(sequence_length=case.sequence_length)
+    return Settings(rounds=2, model=case.model, data=data, local=local, execution=case.execution)
+
+
+def train(case: Case, share: float, folder: Path, server_round: int) -> float:
+    """Train one round; return the measured share of resident assignments."""
+    settings, model = settings_of(case), case.model
+    held = tuple(range(round(share * model.num_experts)))
+    residents = (held,) * model.num_layers
+    spec = StateSpec.of(model, transformers_config(model, case.sequence_length))
+    generator = torch.Generator().manual_seed(server_round)
+    task = RoundTask(
+        settings,
+        spec,
+        worker=0,
+        server_round=server_round,
+        residents=residents,
+        shared=torch.randn(spec.shared_size, generator=generator).mul_(0.02),
+        experts=torch.randn(spec.experts_size(residents), generator=generator).mul_(0.02),
+        state_dir=folder,
+    )
+    result = run_round(task, lambda position: RandomTokens(case))
+    return 1.0 - result.report.routing.ghost_fraction
+
+
+def measure(case: Case, share: float) -> dict[str, float]:
+    """Measure a case in this process."""
+    device = torch.device(case.local.device if case.local.device != "auto" else "cpu")
+    tiny = replace(case, model=_shape(hidden_size=64, num_layers=1, expert_size=32), batch_size=1)
+    with tempfile.TemporaryDirectory() as scratch:
+        train(tiny, 0.5, Path(scratch) / "tiny", 1)
+        base = psutil.Process().memory_info().rss
+        for server_round in (1, 2):
+            _reset_peak(device)
+            resident_share = train(case, share, Path(scratch) / "worker", server_round)
+        peak = _peak(device) - (base if device.type == "cpu" else 0)
+    return predict(case, share, resident_share, device) | {"measured_bytes": peak}
+
+
+def run_apart(
+    name: str, share: float, device: str, variables: Mapping[str, str]
+) -> dict[str, float]:
+    """Measure a case in a process of its own."""
+    command = [sys.executable, __file__, "--one", "--device", device]
+    command += ["--case", name, "--share", str(share)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **variables}
+    )
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def predict(
+    case: Case, share: float, resident_share: float, device: torch.device
+) -> dict[str, float]:
+    counts, model = parameter_counts(case.model), case.model
+    held = counts.shared + counts.expert // model.num_experts * round(share * model.num_experts)
+    execution = Execution.choose(case.execution, device, model.vocab_size)
+    step = activations.Step(
+        case.batch_size,
+        case.sequence_length,
+        case.local.precision,
+        resident_share,
+        head_loss._CHUNK_BYTES[device.type] if execution.chunked_loss else 0,
+        execution.checkpoint_activations,
+        case.local.accumulate > 1,
+    )
+    received = 4 * held if device.type == "cpu" else 0
+    return {
+        "parameters": held,
+        "resident_share": round(resident_share, 3),
+        "state_bytes": 16 * held,
+        "kept_bytes": round(activations.kept_bytes(model, step)),
+        "predicted_bytes": activations.peak_bytes(model, "adamw", held, step) + received,
+    }
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--case", action="append", default=None)
+    parser.add_argument("--share", action="append", type=float, default=None)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--one", action="store_true", help="one case and share, here; prints JSON")
+    options = parser.parse_args()
+    cases = CPU_CASES if options.device == "cpu" else CUDA_CASES
+    on_cpu = options.device == "cpu"
+    names, shares = options.case or list(cases), options.share or list(SHARES)
+    if options.one:
+        print(json.dumps(measure(cases[names[0]], shares[0])))
+        return
+    rows = []
+    columns = ("state", "kept", "predicted", "measured", *(["default"] * on_cpu))
+    print(f"{'case':<40}{'share':>6}" + "".join(f"{name:>10}" for name in columns) + "     off")
+    for name in names:
+        for share in shares:
+            row = {
+                "case": name,
+                "share": share,
+                **run_apart(name, share, options.device, GIVE_BACK),
+            }
+            if on_cpu:
+                usual = run_apart(name, share, options.device, {})
+                row["default_bytes"] = usual["measured_bytes"]
+            row["off"] = row["predicted_bytes"] / row["measured_bytes"] - 1
+            rows.append(row)
+            sizes = "".join(f"{row[f'{column}_bytes'] / 2**20:>10.0f}" for column in columns)
+            print(f"{name:<40}{share:>6g}{sizes}{row['off']:>+8.1%}", flush=True)
+    worst = max(abs(row["off"]) for row in rows)
+    print(f"MiB; the prediction is off by at most {worst:.1%}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        document = {**report.environment(), "device": options.device, "rows": rows}
+        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
