@@ -6,13 +6,14 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-all check format clean help
+.PHONY: run test test-all check format docs clean help
 
 help:
 	@echo "make run            train the demo through flwr run (ARGS='rounds=4 layout.overlap=1' to change it)"
 	@echo "make test           the test suite"
 	@echo "make test-all       the test suite with the slow tests"
 	@echo "make check          ruff, mypy"
+	@echo "make docs           the site, into docs/_build/html"
 	@echo "make format         apply ruff's formatting and fixes"
 
 $(READY): pyproject.toml constraints.txt
@@ -40,5 +41,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf docs/_build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

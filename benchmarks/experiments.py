@@ -2,6 +2,7 @@
 
     python benchmarks/experiments.py --seeds 3 --json results/demo.json rounds=8
     python benchmarks/experiments.py --only photon --only fomoe-half --jobs 2 preset=tiny
+    python benchmarks/experiments.py --from-json results/demo.json --readme
     python benchmarks/experiments.py --series layouts --seeds 3 rounds=8
     python benchmarks/experiments.py --series routing --seeds 3 --plot routing.png rounds=8
 
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import stable_routing
+
+from fomoe_flwr.report.environment import environment
 
 PARTITIONED = "model.routing=partitioned"
 EXPERIMENTS = {
@@ -126,6 +129,45 @@ def table(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
+README = {
+    "photon": "Photon (full replicas, average)",
+    "diloco": "DiLoCo (full replicas, Nesterov)",
+    "local-adamw": "LocalAdamW (full replicas, 3x bytes)",
+    "fomoe-half": "**FoMoE, half of the experts**",
+    "fomoe-single": "**FoMoE, a quarter of the experts**",
+    "centralised": "centralised (no federation)",
+}
+"""Rows of the README's table, in its order; ours stand out."""
+
+
+def readme_table(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Return the lines of the README's table."""
+    by_name = {row["experiment"]: row for row in rows}
+    budget = next(key for key in rows[0] if " MiB" in key)
+    kept = {"parameters per worker": None, "MiB in all": "MiB sent in all", "bits/byte": None}
+    titles = ["method", *(title or key for key, title in kept.items()), budget]
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for name, title in README.items():
+        cells = [by_name[name][key] for key in (*kept, budget)]
+        if name == "centralised":
+            # It has no network: what it moves stays in one process.
+            cells[1] = cells[3] = "\N{EN DASH}"
+        if title.startswith("**"):
+            cells = [f"**{cell}**" for cell in cells]
+        lines.append("| " + " | ".join([title, *cells]) + " |")
+    return lines
+
+
+def provenance(document: dict[str, Any]) -> str:
+    """Return what the numbers must be quoted with: command, commit, machine."""
+    found = {r["summary"]["environment/torch"] for r in document["results"]}
+    command = " ".join(document["command"])
+    return (
+        f"commit {document['commit']}, {document['machine']}, torch {', '.join(sorted(found))}: "
+        f"python {command}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--series", choices=SERIES, default="baselines")
@@ -136,22 +178,33 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None, help="draw routing to this file")
     parser.add_argument("--from-json", type=Path, default=None, help="print a stored table")
+    parser.add_argument("--readme", action="store_true", help="print the README's table")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     if options.from_json:
-        results = json.loads(options.from_json.read_text())["results"]
+        document = json.loads(options.from_json.read_text())
+        results = document["results"]
     else:
         jobs = [
             (n, s) for s in range(options.seeds) for n in options.only or SERIES[options.series]
         ]
         with ThreadPoolExecutor(options.jobs) as pool:
             results = list(pool.map(lambda job: run(*job, options.overrides, options.root), jobs))
+        here = environment()
+        document = {
+            "command": sys.argv,
+            "commit": here["environment/commit"],
+            "machine": here["environment/machine"],
+            "results": results,
+        }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"command": sys.argv, "results": results}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         stable_routing.draw(results, options.plot)
+    if options.readme:
+        print("\n".join(readme_table(table(results))) + f"\n\n{provenance(document)}")
+        return
     for rows in (table(results), stable_routing.routing_table(results)):
         print("\n| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
         for row in rows:
