@@ -77,6 +77,7 @@ BYTES = (
     "layout.overlap=2 wire.up=float16 wire.down=bfloat16 layout.warm_rounds=1",
     "layout.overlap=2 model=deepseek-v3-tiny outer=des_loc outer.fragments=2",
     "layout.overlap=3 outer=nesterov wire.up=bfloat16 wire.down=bfloat16",
+    "layout.overlap=2 wire.up=int8 wire.down=bfloat16 outer=nesterov",
     "layout.num_workers=5 layout.overlap=2 layout.allow_uneven=true",
     "experiment=centralised layout.num_workers=1",
 )
@@ -88,7 +89,8 @@ BASE = (
 )
 CALIBRATION = (
     f"{BASE} layout.overlap=2",
-    f"{BASE} layout.overlap=4 model.expert_size=512 model.vocab_size=2048",
+    f"{BASE} layout.overlap=2 model.hidden_size=512 model.num_heads=8 model.num_kv_heads=8 "
+    "local.batch_size=4",
     f"{BASE} layout.overlap=1 model.num_layers=6 local.batch_size=16",
     f"{BASE} layout.overlap=4 local.batch_size=2",
 )
@@ -102,7 +104,7 @@ PREDICTED = (
     f"{BASE} layout.overlap=2 data.sequence_length=256 local.accumulate=2 local.batch_size=4",
 )
 MEMORY = (
-    f"{BASE} layout.overlap=1 model.hidden_size=512 local.batch_size=1 data.sequence_length=16",
+    f"{BASE} layout.overlap=2 model.hidden_size=512 local.batch_size=1 data.sequence_length=16",
     f"{BASE} layout.overlap=4 model.hidden_size=512 local.batch_size=1 data.sequence_length=16",
     f"{BASE} layout.overlap=2 model=qwen3-moe-demo model.expert_size=1024 local.batch_size=1 "
     "data.sequence_length=16",
@@ -537,6 +539,8 @@ def main() -> int:
         document = {**where, "rows": [{**vars(row), "difference": row.difference} for row in rows]}
         options.to.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
         head = "\n".join(f"- {key.rpartition('/')[2]}: {value}" for key, value in where.items())
+        load = f"- load: {os.getloadavg()[2]:.1f} processes wanted to run, mean of 15 minutes"
+        head += f"\n{load}"
         options.to.with_suffix(".md").write_text(
             "# Predicted and measured\n\n"
             f"`python benchmarks/validate.py --to {options.to}`\n\n{head}\n- base: `{BASE}`\n"

@@ -92,12 +92,6 @@ class CodecPair:
         """Use one codec with its defaults for both."""
         return cls(Codec(name), Codec(name))
 
-    def mean_bytes(self, shared: int, experts: int) -> float:
-        """Return the bytes of a number, mean over so many shared and expert ones."""
-        num_bytes = shared * self.shared.bytes_per_element
-        num_bytes += experts * self.experts.bytes_per_element
-        return num_bytes / (shared + experts)
-
 
 def _bytes(bits: int) -> int:
     return -(-bits // 8)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fomoe_flwr.codecs.sizes import CodecPair
 from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import (
     RoundSeconds,
@@ -83,9 +84,7 @@ class Model:
         length = settings.data.sequence_length
         self.idle_flops = token_flops(settings.model, length, 0).train
         self.expert_flops = token_flops(settings.model, length, 1).train - self.idle_flops
-        self.states = state_factor(settings.outer) / settings.outer.fragments
-        self.up_bytes = settings.wire.codecs_up.mean_bytes(counts.shared, counts.expert)
-        self.down_bytes = settings.wire.codecs_down.mean_bytes(counts.shared, counts.expert)
+        self.states = state_factor(settings.outer)
 
     def room(self, site: NamedSite) -> int:
         """Return how many experts of each layer a site can hold beside what is shared."""
@@ -105,10 +104,24 @@ class Model:
             executed = model.top_k * residents / model.num_experts
         return self.idle_flops + executed * self.expert_flops
 
-    def elements(self, residents: int) -> float:
-        """Return the numbers that such a worker receives, or returns, in one round."""
-        held = self.shared + residents * self.per_expert
-        return self.states * held + self.buffers / self.settings.outer.fragments
+    def round_bytes(self, residents: int, codecs: CodecPair) -> float:
+        """Return the bytes that such a worker receives, or returns, in one round.
+
+        A codec's blocks are not rounded up to whole ones here, as they are on the wire.
+        """
+        shared = self.states * self.shared + self.buffers
+        experts = self.states * residents * self.per_expert
+        return (
+            shared * codecs.shared.bytes_per_element + experts * codecs.experts.bytes_per_element
+        ) / self.settings.outer.fragments
+
+    def down_bytes(self, residents: int) -> float:
+        """Return the bytes that such a worker receives in one round."""
+        return self.round_bytes(residents, self.settings.wire.codecs_down)
+
+    def up_bytes(self, residents: int) -> float:
+        """Return the bytes that such a worker returns in one round."""
+        return self.round_bytes(residents, self.settings.wire.codecs_up)
 
     def compute_seconds(self, site: NamedSite, residents: int, work: Work) -> float:
         """Return how long a site trains in a round."""
@@ -117,8 +130,7 @@ class Model:
 
     def site_seconds(self, site: NamedSite, residents: int, work: Work) -> float:
         """Return how long a site alone takes for a round."""
-        elements = self.elements(residents)
-        down, up = [elements * self.down_bytes], [elements * self.up_bytes]
+        down, up = [self.down_bytes(residents)], [self.up_bytes(residents)]
         compute = [self.compute_seconds(site, residents, work)]
         return star_seconds([site.site], down, up, compute).total
 
@@ -157,9 +169,8 @@ def fit(
     micro, accumulate = _split_batch(settings.local.batch_size, math.ceil(batch / len(sites)))
     work = Work(local_steps, micro * accumulate * settings.data.sequence_length)
     residents = _place(model, sites, rooms, needed, work)
-    elements = [model.elements(held) for held in residents]
-    down = [count * model.down_bytes for count in elements]
-    up = [count * model.up_bytes for count in elements]
+    down = [model.down_bytes(held) for held in residents]
+    up = [model.up_bytes(held) for held in residents]
     seconds = star_seconds(
         [each.site for each in sites],
         down,

@@ -61,15 +61,18 @@ def test_the_least_overlap_follows_the_paper_s_tables(workers: int, least: int) 
     assert default_overlap(workers) == least
 
 
-def test_the_planned_run_costs_what_the_plan_says() -> None:
-    words = ["costs.tokens=1e8", "outer=local_adamw", "wire.up=bfloat16"]
+@pytest.mark.parametrize(
+    "wire", [["wire.up=bfloat16"], ["wire.up=float16", "wire.up_experts=int8", "outer=average"]]
+)
+def test_the_planned_run_costs_what_the_plan_says(wire: list[str]) -> None:
+    words = ["costs.tokens=1e8", "outer=local_adamw", *wire]
     sites = Sites((site("a"), site("b", mbps=40), site("c", tera=0.3)))
     plan = make_plan(load_settings(words), sites, Bounds(min_overlap=2))
     settings = load_settings(plan_overrides(plan, words))
     layout = draw_layout(settings.layout, 4, 16, 0, 1)
     assert [len(held) for held in layout.residents[0]] == list(plan.chosen.residents)
     sent = costs.predict_bytes(settings, layout)
-    assert sent.up + sent.down == plan.chosen.bytes_per_round
+    assert plan.chosen.bytes_per_round == pytest.approx(sent.up + sent.down, rel=1e-4)
     held = costs.resident_counts(settings.model, layout)
     assert [costs.memory_bytes(n, "adamw") for n in held] == list(plan.chosen.memory_bytes)
     executed = costs.executed_experts(settings.model, layout)
@@ -87,7 +90,7 @@ def test_the_planned_run_costs_what_the_plan_says() -> None:
             for each, share, count in zip(plan.chosen.sites, executed, held, strict=True)
         ],
     )
-    assert plan.chosen.round.total == pytest.approx(expected.total)
+    assert plan.chosen.round.total == pytest.approx(expected.total, rel=1e-4)
     assert settings.rounds == plan.chosen.rounds
 
 
@@ -231,6 +234,7 @@ def test_sites_are_read_with_their_units(tmp_path: Path) -> None:
     assert found.sites == (NamedSite("a", GIB, Site(0.5e12, 10e6, 10e6, 0.0)),)
 
 
+@pytest.mark.slow
 def test_a_plan_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sites = write(
         tmp_path,
