@@ -34,6 +34,7 @@ from fomoe_flwr.config.schema import (
     LocalSettings,
     ModelSettings,
     OuterSettings,
+    PrivacySettings,
     Settings,
     WireSettings,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "LocalSettings",
     "ModelSettings",
     "OuterSettings",
+    "PrivacySettings",
     "Settings",
     "SettingsError",
     "WireSettings",

@@ -49,6 +49,7 @@ def check(settings: Settings) -> None:
     _check_balance(settings)
     _check_execution(settings)
     _check_presence(settings)
+    _check_privacy(settings)
     if settings.data.path and settings.data.dataset not in ("", *LOCAL_STREAMS):
         raise SettingsError(
             f"data.path={settings.data.path} and data.dataset={settings.data.dataset} contradict "
@@ -196,6 +197,33 @@ def _check_balance(settings: Settings) -> None:
         raise SettingsError(
             f"balance.bias_rate={settings.balance.bias_rate} needs a router with a selection bias: "
             f"model.family={settings.model.family} is not one of {', '.join(BIASED_FAMILIES)}"
+        )
+
+
+def _check_privacy(settings: Settings) -> None:
+    """Refuse what would let an update out by another way than the noisy mean."""
+    privacy = settings.privacy
+    if privacy.noise_multiplier and not privacy.clip_norm:
+        raise SettingsError(
+            f"privacy.noise_multiplier={privacy.noise_multiplier} is in units of privacy.clip_norm="
+            f"{privacy.clip_norm}, which must be > 0"
+        )
+    if not privacy.clip_norm:
+        return
+    for key, value, allowed in (
+        ("outer.weighting", settings.outer.weighting, ("uniform",)),
+        ("outer.name", settings.outer.name, ("average", "nesterov")),
+        ("balance.form", settings.balance.form, ("local",)),
+    ):
+        if value not in allowed:
+            raise SettingsError(
+                f"privacy.clip_norm={privacy.clip_norm} needs {key} to be {' or '.join(allowed)} "
+                f"(got {value}): what it takes from workers is not clipped"
+            )
+    if settings.layout.kind == "balanced":
+        raise SettingsError(
+            f"privacy.clip_norm={privacy.clip_norm} needs another layout.kind than balanced: "
+            "measured loads are not clipped"
         )
 
 

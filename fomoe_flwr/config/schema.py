@@ -252,6 +252,21 @@ class CheckpointSettings:
 
 
 @dataclass
+class PrivacySettings:
+    """Client-level differential privacy of what the server learns; off by default."""
+
+    clip_norm: float = _number(0.0, at_least=0)
+    """Largest norm of a worker's whole update; 0 clips nothing."""
+    noise_multiplier: float = _number(0.0, at_least=0)
+    """Noise on the sum of updates, in units of `clip_norm`; 0 adds none."""
+    delta: float = _number(1e-5, above=0, below=1)
+    max_epsilon: float = _number(0.0, at_least=0)
+    """Refuse runs whose rounds would spend more at `delta`; 0 refuses none."""
+    noise_seed: int = _number(-1, at_least=-1)
+    """Repeats the noise, for experiments: protects nothing. -1 takes it from the system."""
+
+
+@dataclass
 class FederationSettings:
     """Patience, quorum, and what the simulation engine gives each worker."""
 
@@ -318,6 +333,7 @@ class Settings:
     wire: WireSettings = field(default_factory=WireSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     costs: CostSettings = field(default_factory=CostSettings)
 

@@ -5,6 +5,7 @@ A reply counts whole or not at all, so reading comes first and folding cannot fa
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from fomoe_flwr.aggregation import HolderMean
-from fomoe_flwr.config import OuterSettings, Settings
+from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.layout import Layout
@@ -20,6 +21,7 @@ from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.outer import OuterStep
+from fomoe_flwr.privacy import NoiseSource, add_noise, clip
 from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
 
 REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction", "grad_norm", "lr")
@@ -42,7 +44,9 @@ class Reply:
 class RoundMeans:
     """Running means over holders of all that the replies of one round carry."""
 
-    def __init__(self, outer: OuterSettings, spec: StateSpec, server_round: int) -> None:
+    def __init__(self, settings: Settings, spec: StateSpec, server_round: int) -> None:
+        outer, self.privacy = settings.outer, settings.privacy
+        self.server_round = server_round
         part = spec.fragment(fragment_of_round(outer, server_round), outer.fragments)
         self.weighting = outer.weighting
         self.gradient = HolderMean(part, outer.router_rows)
@@ -65,13 +69,25 @@ class RoundMeans:
                 reply.counts.load[layer][list(held)] for layer, held in enumerate(reply.residents)
             ]
         for name, mean in self.by_name.items():
-            mean.fold(*reply.vectors[name], reply.residents, weight, expert_weights)
+            vectors = reply.vectors[name]
+            if self.privacy.clip_norm:
+                vectors = clip(*vectors, self.privacy.clip_norm)
+            mean.fold(*vectors, reply.residents, weight, expert_weights)
 
     def step(self, outer: OuterStep, state: State) -> None:
         """Take the outer step with these means; `state` is updated in place."""
+        if self.privacy.noise_multiplier:
+            std = self.privacy.noise_multiplier * self.privacy.clip_norm
+            add_noise(self.gradient, std, self._noise())
         outer.apply(state, self.gradient)
         for name, mean in self.moments.items():
             outer.average_moment(name, mean, state)
+
+    def _noise(self) -> NoiseSource:
+        seed = self.privacy.noise_seed
+        if seed < 0:
+            return NoiseSource()
+        return NoiseSource(hashlib.sha256(f"{seed}/{self.server_round}".encode()).digest())
 
 
 class ReplyReader:

@@ -61,6 +61,8 @@ class RoundRecord:
     fold_seconds: float = 0.0
     """Of these, to decode, check and fold replies."""
     outer_seconds: float = 0.0
+    epsilon: float | None = None
+    """Privacy that the run has spent by the end of the round; None without noise."""
 
     def take(self, worker: int, reply: Reply) -> None:
         """Note what a folded reply reports; its vectors are not kept."""

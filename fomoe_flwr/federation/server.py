@@ -181,6 +181,8 @@ class Server:
             self.totals[key] += row[key]
         self.totals["tokens"] += row["train/tokens"]
         row["tokens"] = self.totals["tokens"]
+        if "privacy/epsilon" in row:
+            self.totals["privacy/epsilon"] = row["privacy/epsilon"]
         # Before the checkpoint: a resume forgets what came after it.
         self.run.add_layout(server_round, record.layout.residents)
         self.run.append_routing(tables)
@@ -302,6 +304,7 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "moe/all_ghost_fraction": mean("all_ghost_fraction"),
         "moe/fresh_experts": int(sum(reply.get("fresh_experts", 0) for reply in replies)),
         "moe/missing_experts": record.missing_experts,
+        **({} if record.epsilon is None else {"privacy/epsilon": record.epsilon}),
         "comm/bytes_up": record.bytes_up,
         "comm/bytes_down": record.bytes_down,
         **{f"comm/bytes_up/{kind}": count for kind, count in record.up.by_kind.items()},

@@ -22,6 +22,7 @@ from torch import Tensor
 from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import expert_room, layout_context
 from fomoe_flwr.errors import RunError, one_line
+from fomoe_flwr.federation.accounting import open_ledger
 from fomoe_flwr.federation.attendance import Attendance
 from fomoe_flwr.federation.memory import Memory
 from fomoe_flwr.federation.replies import ReplyReader, RoundMeans
@@ -82,6 +83,7 @@ class FoMoEStrategy(Strategy):
         self.keep_rounds = keep_rounds
         self._tasks = TaskWriter(settings, spec, state, outer, identity, probe)
         self._reader = ReplyReader(settings, spec, probe)
+        self._ledger = open_ledger(settings)
         layout = settings.layout
         self._memory = Memory(
             layout_context(settings), Attendance(layout.num_workers, layout.rehome_after)
@@ -298,7 +300,7 @@ class FoMoEStrategy(Strategy):
         """
         started = time.monotonic()
         record = self._round
-        means = RoundMeans(self.settings.outer, self.spec, server_round)
+        means = RoundMeans(self.settings, self.spec, server_round)
         for message in replies:
             worker = self._waiting.sent.get(message.metadata.reply_to_message_id, -1)
             if worker in record.replies or worker < 0:
@@ -328,6 +330,8 @@ class FoMoEStrategy(Strategy):
         means.step(self.outer, self.state)
         if server_round > 1:
             record.rejoined = set(record.replies) - self._memory.current
+        if self._ledger is not None:
+            record.epsilon = self._ledger.spend()
         self._memory.note(self.settings.layout, record)
         record.outer_seconds = time.monotonic() - started
         return None, None
@@ -346,11 +350,14 @@ class FoMoEStrategy(Strategy):
 
     def memory(self) -> dict[str, Any]:
         """Return what the strategy remembers between rounds, JSON-able, for a checkpoint."""
-        return self._memory.to_json()
+        ledger = None if self._ledger is None else self._ledger.to_json()
+        return {**self._memory.to_json(), "privacy": ledger}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Take the memory of a checkpoint."""
         self._memory = Memory.from_json(memory, self.settings.layout)
+        if self._ledger is not None:
+            self._ledger.restore(memory["privacy"])
 
     def _take(self, message: Message, worker: int, means: RoundMeans) -> None:
         """Read a reply, then fold it; what cannot be read changes nothing. Raises WireError."""
