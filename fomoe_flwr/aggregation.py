@@ -139,5 +139,5 @@ def _draw_near(mean: Tensor, new: Tensor, share: float) -> float:
     for part in slabs(mean.numel()):
         difference = torch.sub(new[part], mean[part], out=buffer[: part.stop - part.start])
         squares += float(torch.dot(difference, difference))
-        mean[part] += difference.mul_(share)
+        mean[part].add_(difference.mul_(share))
     return squares
