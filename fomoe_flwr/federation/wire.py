@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -26,6 +26,8 @@ from fomoe_flwr.synchronisation import MOMENTS
 STYPE = "fomoe.flat"
 KINDS = ("shared", "experts", "moments", "overhead")
 """What bytes are counted by."""
+
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 Seed = Callable[[str], int]
 """From the name of a vector to the seed of what is rounded by chance in it."""
@@ -98,7 +100,7 @@ def vectors_in(
     A name stands for one codec with its defaults for both.
     """
     pair = CodecPair.plain(pair) if isinstance(pair, str) else pair
-    record = content.array_records.get(name)
+    record = _record(content, name, ArrayRecord)
     if record is None or sorted(record) != sorted(VECTORS):
         found = sorted(record) if record is not None else sorted(content)
         raise WireError(f"needs the arrays {', '.join(VECTORS)} in {name!r} (got {found})")
@@ -110,9 +112,8 @@ def vectors_in(
 
 def payload_bytes(content: RecordDict) -> int:
     """Return the bytes of all arrays of a message: what the cost model predicts."""
-    return sum(
-        len(array.data) for record in content.array_records.values() for array in record.values()
-    )
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 @dataclass
@@ -131,14 +132,16 @@ class Traffic:
 
     def add(self, content: RecordDict) -> None:
         """Count a message."""
-        for name, arrays in content.array_records.items():
-            for key, array in arrays.items():
-                is_main = name in (WEIGHTS, PSEUDO_GRADIENT) and key in VECTORS
-                self.by_kind[key if is_main else "moments"] += len(array.data)
-        for words in content.config_records.values():
-            self.by_kind["overhead"] += sum(len(v) for v in words.values() if isinstance(v, str))
-        for numbers in content.metric_records.values():
-            self.by_kind["overhead"] += sum(len(key) + 8 for key in numbers)
+        for name, record in content.items():
+            if isinstance(record, ArrayRecord):
+                for key, array in record.items():
+                    is_main = name in (WEIGHTS, PSEUDO_GRADIENT) and key in VECTORS
+                    self.by_kind[key if is_main else "moments"] += len(array.data)
+            elif isinstance(record, ConfigRecord):
+                texts = [value for value in record.values() if isinstance(value, str)]
+                self.by_kind["overhead"] += sum(map(len, texts))
+            else:
+                self.by_kind["overhead"] += sum(len(key) + 8 for key in record)
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,13 @@ def choices_fields(choices: Tensor) -> dict[str, Any]:
     return {"choices": choices.flatten(1).tolist()}
 
 
+def _record(content: RecordDict, name: str, kind: type[Record]) -> Record | None:
+    # Flower's own views (`content.array_records` and its like) tie a message into a cycle of
+    # references: a gigabyte would stay until Python's collector comes by.
+    record = content.get(name)
+    return record if isinstance(record, kind) else None
+
+
 def _is_row(value: Any, length: int) -> bool:
     return _are_counts(value) and len(value) == length
 
@@ -296,7 +306,7 @@ def json_record(fields: Mapping[str, Any]) -> ConfigRecord:
 
 def json_in(content: RecordDict, name: str) -> dict[str, Any]:
     """Read a record written by `json_record`. Raises WireError."""
-    record = content.config_records.get(name)
+    record = _record(content, name, ConfigRecord)
     text = record.get("json") if record is not None else None
     if not isinstance(text, str):
         raise WireError(f"needs the record {name!r} (got {sorted(content)})")
@@ -311,7 +321,7 @@ def json_in(content: RecordDict, name: str) -> dict[str, Any]:
 
 def metrics_in(content: RecordDict, required: Sequence[str]) -> dict[str, float]:
     """Read the scalar metrics. Raises WireError when one is missing, or any is not finite."""
-    record = content.metric_records.get(METRICS)
+    record = _record(content, METRICS, MetricRecord)
     if record is None:
         raise WireError(f"needs the record {METRICS!r} (got {sorted(content)})")
     metrics = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +356,26 @@ def test_no_module_of_the_package_can_unpickle() -> None:
                 for keyword in node.keywords:
                     if keyword.arg == "allow_pickle":
                         assert ast.unparse(keyword.value) == "False", source
+
+
+def test_a_message_that_was_read_is_freed_without_the_collector() -> None:
+    """Otherwise replies pile up on the server, a gigabyte each."""
+    content = RecordDict(
+        {
+            wire.WEIGHTS: wire.arrays_of(*(wire.encode(torch.ones(3), "float32"),) * 2),
+            wire.TASK: HEADER.record(),
+            wire.METRICS: wire.metrics_record({"loss": 1.0}),
+        }
+    )
+    gone = weakref.ref(content)
+    gc.disable()
+    try:
+        wire.vectors_in(content, wire.WEIGHTS, "float32", (3, 3))
+        TaskHeader.read(content)
+        wire.metrics_in(content, ("loss",))
+        wire.Traffic().add(content)
+        assert wire.payload_bytes(content) == 24
+        del content
+        assert gone() is None
+    finally:
+        gc.enable()

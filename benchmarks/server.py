@@ -1,0 +1,156 @@
+"""Measure the server's share of a round: peak memory and speed of folding replies.
+
+    python benchmarks/server.py                                   # 1 GB of parameters, 4, 8, 16 workers
+    python benchmarks/server.py --gigabytes 0.1 --workers 4 --json out.json
+
+Replies are made of bytes, one at a time, decoded, checked, folded and dropped, as the strategy does;
+then the outer step (Nesterov) is taken. Speed is bytes of replies over seconds, as a share of what a
+copy of the same memory reaches just before. Every number of workers runs in a process of its own, so
+that its peak memory (VmHWM) is its own; what Python and torch take is measured first and taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Array, RecordDict
+
+from fomoe_flwr.aggregation import HolderMean
+from fomoe_flwr.codecs.sizes import Codec
+from fomoe_flwr.config import OuterSettings
+from fomoe_flwr.federation import wire
+from fomoe_flwr.model.state import Entry, StateSpec
+from fomoe_flwr.outer import OuterStep
+
+LAYERS, EXPERTS = 8, 16
+
+
+def spec_of(num_bytes: float) -> StateSpec:
+    """Return a model of so many bytes in fp32, three tenths of them shared."""
+    elements = int(num_bytes / 4)
+    row = int(elements * 0.7 / (LAYERS * EXPERTS * 2))
+    shared = int(elements * 0.3 / LAYERS)
+    return StateSpec(
+        tuple(Entry(f"model.layers.{i}.attention", (shared,), None) for i in range(LAYERS)),
+        tuple(
+            Entry(f"model.layers.{i}.mlp.experts.{name}", (EXPERTS, row), i)
+            for i in range(LAYERS)
+            for name in ("up", "down")
+        ),
+        LAYERS,
+        EXPERTS,
+    )
+
+
+def peak_bytes() -> int:
+    """Return the process's highest resident memory so far."""
+    line = next(t for t in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in t)
+    return int(line.split()[1]) * 1024
+
+
+def copy_speed(num_bytes: int) -> float:
+    """Return bytes a second of copying one block of memory to another, best of five."""
+    source, target = torch.ones(num_bytes // 4), torch.ones(num_bytes // 4)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - started)
+    return num_bytes / min(times)
+
+
+def _array(value: float, size: int, codec: str) -> Array:
+    if codec == "float32":  # without a tensor of this size on the way
+        return Array("float32", (size,), wire.STYPE, struct.pack("<f", value) * size)
+    return wire.encode(torch.full((size,), value), codec)
+
+
+def measure(gigabytes: float, workers: int, overlap: int, codec: str, threads: int) -> dict[str, Any]:
+    """Fold one round's replies and take the outer step."""
+    torch.set_num_threads(threads)
+    base = peak_bytes()
+    spec = spec_of(gigabytes * 1e9)
+    state = {e.key: torch.zeros(e.shape) for e in (*spec.shared, *spec.expert)}
+    outer = OuterStep(OuterSettings(name="nesterov", lr=0.7, momentum=0.9))
+    outer.momentum = {key: torch.zeros_like(value) for key, value in state.items()}
+    mean = HolderMean(spec)
+    model_bytes = sum(value.numel() * 4 for value in state.values())
+    folded = reply_bytes = 0
+    decode_seconds = fold_seconds = 0.0
+    for worker in range(workers):
+        step = EXPERTS * overlap // workers
+        held = tuple(sorted({(worker * EXPERTS // workers + i) % EXPERTS for i in range(step)}))
+        residents = (held,) * LAYERS
+        sizes = spec.shared_size, spec.experts_size(residents)
+        content = RecordDict()
+        arrays = [_array(1e-3 * (worker + 1), size, codec) for size in sizes]
+        content[wire.PSEUDO_GRADIENT] = wire.arrays_of(*arrays)
+        del arrays
+        started = time.perf_counter()
+        vectors = wire.vectors_in(content, wire.PSEUDO_GRADIENT, codec, sizes)
+        decode_seconds += time.perf_counter() - started
+        started = time.perf_counter()
+        mean.fold(*vectors, residents, 1.0)
+        fold_seconds += time.perf_counter() - started
+        folded += 4 * sum(sizes)
+        reply_bytes = max(reply_bytes, 4 * sum(sizes))
+        del vectors, content
+    started = time.perf_counter()
+    outer.apply(state, mean)
+    outer_seconds = time.perf_counter() - started
+    peak = peak_bytes()
+    del state, outer, mean
+    copy = copy_speed(2**28)
+    return {
+        "workers": workers,
+        "model_bytes": model_bytes,
+        "largest_reply_bytes": reply_bytes,
+        "peak_bytes": peak - base,
+        "allowed_bytes": 3 * model_bytes + reply_bytes,
+        "copy_bytes_per_second": copy,
+        "decode_seconds": decode_seconds,
+        "fold_seconds": fold_seconds,
+        "outer_seconds": outer_seconds,
+        "fold_share_of_copy": folded / fold_seconds / copy,
+        "decode_and_fold_share_of_copy": folded / (fold_seconds + decode_seconds) / copy,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--workers", type=int, action="append", default=None)
+    parser.add_argument("--overlap", type=int, default=2)
+    parser.add_argument("--codec", default="float32", type=lambda name: Codec(name).name)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    for workers in options.workers or (4, 8, 16):
+        words = options.gigabytes, workers, options.overlap, options.codec, options.threads
+        with context.Pool(1) as pool:
+            rows.append(pool.apply(measure, words))
+    print("| workers | peak GB | allowed GB | copy GB/s | fold | decode + fold | outer step s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['workers']} | {row['peak_bytes'] / 1e9:.2f} "
+            f"| {row['allowed_bytes'] / 1e9:.2f} | {row['copy_bytes_per_second'] / 1e9:.1f} "
+            f"| {row['fold_share_of_copy']:.0%} | {row['decode_and_fold_share_of_copy']:.0%} "
+            f"| {row['outer_seconds']:.2f} |"
+        )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
