@@ -1,12 +1,13 @@
 """Measure the server's share of a round: peak memory and speed of folding replies.
 
-    python benchmarks/server.py                                   # 1 GB of parameters, 4, 8, 16 workers
+    python benchmarks/server.py                   # 1 GB of parameters; 4, 8 and 16 workers
     python benchmarks/server.py --gigabytes 0.1 --workers 4 --json out.json
 
-Replies are made of bytes, one at a time, decoded, checked, folded and dropped, as the strategy does;
-then the outer step (Nesterov) is taken. Speed is bytes of replies over seconds, as a share of what a
-copy of the same memory reaches just before. Every number of workers runs in a process of its own, so
-that its peak memory (VmHWM) is its own; what Python and torch take is measured first and taken off.
+Replies are made of bytes, one at a time, decoded, checked, folded and dropped, as the strategy
+does; then the outer step (Nesterov) is taken. Speed is bytes of replies over seconds, as a share
+of what a copy of a block of memory reaches in the same process. Every number of workers has a
+process of its own, so that its peak memory (VmHWM) is its own; what Python and torch take before is
+taken off.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def _array(value: float, size: int, codec: str) -> Array:
     return wire.encode(torch.full((size,), value), codec)
 
 
-def measure(gigabytes: float, workers: int, overlap: int, codec: str, threads: int) -> dict[str, Any]:
+def measure(
+    gigabytes: float, workers: int, overlap: int, codec: str, threads: int
+) -> dict[str, Any]:
     """Fold one round's replies and take the outer step."""
     torch.set_num_threads(threads)
     base = peak_bytes()
