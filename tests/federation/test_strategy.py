@@ -275,6 +275,22 @@ def garbage(request: Message, reply: Message, grid: WatchedGrid) -> list[Message
     return with_arrays(request, reply, spoil)
 
 
+def oversized(request: Message, reply: Message, grid: WatchedGrid) -> list[Message]:
+    def spoil(arrays: dict[str, Any]) -> dict[str, Any]:
+        whole = arrays["shared"]
+        grown = type(whole)(whole.dtype, tuple(whole.shape), whole.stype, whole.data + bytes(2**20))
+        return arrays | {"shared": grown}
+
+    return with_arrays(request, reply, spoil)
+
+
+def late(request: Message, reply: Message, grid: WatchedGrid) -> list[Message]:
+    """The true reply arrives, but to the task of the round before."""
+    words = wire.json_in(reply.content, wire.TASK) | {"server_round": BAD_ROUND - 1}
+    reply.content[wire.TASK] = wire.json_record(words)
+    return [Message(reply.content, reply_to=grid.watch.of(BAD_ROUND - 1, BAD).request)]
+
+
 def no_metrics(request: Message, reply: Message, grid: WatchedGrid) -> list[Message]:
     content = RecordDict({k: v for k, v in reply.content.items() if k != wire.METRICS})
     return [Message(content, reply_to=request)]
@@ -330,6 +346,8 @@ FAULTS: Mapping[str, tuple[Tamper, str]] = {
     ),
     "duplicate of another": (someone_elses_reply, "no reply before the round's deadline"),
     "garbage": (garbage, "array has 9 bytes, its shape needs "),
+    "oversized": (oversized, "array has "),
+    "late": (late, "no reply before the round's deadline"),
     "no metrics": (no_metrics, "needs the record 'metrics' (got "),
     "one metric missing": (one_metric_missing, "metric tokens=None must be a finite number"),
     "a count beyond all tensors": (
