@@ -205,8 +205,20 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     step.add_argument("--to", type=Path, default=None, help="write the JSON object to this file")
     step.set_defaults(run=_bench_step)
+    state = commands.add_parser("status", help="where a run is, who is missing, what it uses")
+    state.add_argument("folder", type=Path, metavar="RUN")
+    state.add_argument("--json", action="store_true", help="one JSON object")
+    state.set_defaults(run=_status)
     add_federation(commands)
     return parser
+
+
+def _status(options: argparse.Namespace) -> int:
+    from fomoe_flwr.status import run_status, show_status
+
+    status = run_status(options.folder)
+    print(json.dumps(status, indent=2) if options.json else show_status(status))
+    return 0
 
 
 def _worker(options: argparse.Namespace) -> int:

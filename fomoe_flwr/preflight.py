@@ -12,6 +12,7 @@ from fomoe_flwr.data.source import check_data
 from fomoe_flwr.layout import check_layout
 from fomoe_flwr.pretrained import check_pretrained
 from fomoe_flwr.run_directory import claim_output_dir
+from fomoe_flwr.tracking import check_tracker
 
 
 def preflight(settings: Settings) -> None:
@@ -24,5 +25,6 @@ def preflight(settings: Settings) -> None:
         raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
     if model.pretrained:
         check_pretrained(Path(model.pretrained), model)
+    check_tracker(settings)
     check_data(settings)
     claim_output_dir(settings)

@@ -28,6 +28,7 @@ RESUMABLE_KEYS = (
     "rounds",
     "engine",
     "resume",
+    "tracker",
     "checkpoint",
     "federation",
     "costs",

@@ -321,6 +321,8 @@ class Settings:
     engine: str = _choice("in_process", "in_process", "flower")
     output_dir: str = ""
     resume: str = ""
+    tracker: str = _choice("tensorboard", "tensorboard", "wandb", "trackio", "none")
+    """Where metrics go besides metrics.jsonl."""
     seed: int = _number(0, at_least=0, below=2**31)
     rounds: int = _number(8, at_least=1)
     model: ModelSettings = field(default_factory=ModelSettings)

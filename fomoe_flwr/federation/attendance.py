@@ -39,6 +39,12 @@ class Attendance:
         back = [w for w in played if server_round >= self.resting.get(w, 0)]
         return sorted({*expected, *back})
 
+    def welcome(self, workers: Collection[int]) -> None:
+        """Count on workers again: they answered, if too late, or nobody else is there."""
+        for worker in workers:
+            self.missed.pop(worker, None)
+            self.resting.pop(worker, None)
+
     def leave(self, workers: Collection[int]) -> None:
         """Note that workers are away from the beginning."""
         self.missed |= dict.fromkeys(workers, self.patience)

@@ -104,7 +104,7 @@ class Server:
             self.tokenizer.save_pretrained(self.run.tokenizer)
         self._save_config()
         self.identity = RunIdentity(self.run_key, json_text, tokenizer_digest(json_text))
-        self.tracker = Tracker(self.run)
+        self.tracker = Tracker(self.run, settings)
         self.live = report.LiveReport(self.run)
         self.routing = RoutingLog(settings, self.spec, blocks)
         self.strategy = FoMoEStrategy(

@@ -217,6 +217,12 @@ class FoMoEStrategy(Strategy):
         nodes = self._gather_free(grid)
         started = time.monotonic()
         busy = self._waiting.busy()
+        attendance, latecomers = self._memory.attendance, self._waiting.take_latecomers()
+        attendance.welcome(latecomers)
+        present = attendance.present(server_round, {*nodes, *busy})
+        if len(nodes.keys() & set(present)) < self.settings.federation.min_workers:
+            # No rest for those who failed when there is no quorum without them.
+            attendance.welcome(nodes.keys() - set(present))
         record = self._round = self._open_round(server_round, {*nodes, *busy})
         for worker in record.absent:
             record.failures[worker] = "away after too many missed rounds"
@@ -225,7 +231,7 @@ class FoMoEStrategy(Strategy):
                 record.failures[worker] = f"still at its task of round {busy[worker]}"
             elif worker not in nodes:
                 record.failures[worker] = "no node plays this worker"
-        record.late_replies = self._waiting.take_late_replies()
+        record.late_replies = len(latecomers)
         # A list, not a generator: Flower's HTTP grid walks it twice.
         messages = self._tasks.write(
             server_round,

@@ -28,7 +28,9 @@ _CALL_SECONDS = 120.0
 _AWAY_SECONDS = 900.0
 """How long a SuperLink may be away while a run is followed."""
 
-_PAUSE_SECONDS = 2.0
+_PAUSE_SECONDS = 4.0
+_LONGEST_PAUSE_SECONDS = 60.0
+"""A node that was killed is let in again after a minute: an attempt then may succeed."""
 
 Say = Callable[[str], None]
 
@@ -151,4 +153,4 @@ def supervise(
         if failures >= most_failures:
             say(f"error: {failures} attempts in a row finished no round: giving up")
             return False
-        time.sleep(_PAUSE_SECONDS * (1 + failures))
+        time.sleep(min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2**failures))

@@ -27,7 +27,7 @@ class Waiting:
     """Message id -> worker, of this round."""
     _late: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Message id -> (worker, round)."""
-    _num_late: int = 0
+    _latecomers: list[int] = field(default_factory=list)
     _looked: float = 0.0
 
     def begin(self, sent: Mapping[str, int]) -> None:
@@ -61,7 +61,6 @@ class Waiting:
                 time.sleep(POLL_SECONDS)
             if not in_order and len(record.replies) >= self.limits.min_workers:
                 deadline = min(deadline, time.monotonic() + self.limits.grace_seconds)
-        record.late_replies += self.take_late_replies()
         self._late |= {i: (worker, record.server_round) for i, worker in waiting.items()}
 
     def drop_late(self, grid: Grid) -> None:
@@ -73,13 +72,13 @@ class Waiting:
             for reply in grid.pull_messages([message_id]):
                 del self._late[message_id]
                 if reply.has_content():
-                    self._num_late += 1
+                    self._latecomers.append(worker)
                     log(INFO, "worker %s answered round %s too late", worker, server_round)
 
-    def take_late_replies(self) -> int:
-        """Return how many replies came too late since this was asked last."""
-        number, self._num_late = self._num_late, 0
-        return number
+    def take_latecomers(self) -> list[int]:
+        """Return the workers of the late replies since this was asked last."""
+        latecomers, self._latecomers = self._latecomers, []
+        return latecomers
 
     def busy(self) -> dict[int, int]:
         """Return {worker: round} of the tasks that are still out from rounds before."""

@@ -1,0 +1,143 @@
+"""A secure federation of real processes: who is refused, and the same numbers as in one process."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fomoe_flwr.cli import main
+from fomoe_flwr.federation.credentials import make_authority, make_node_key
+from fomoe_flwr.federation.loopback import Loopback, end_federation
+from fomoe_flwr.federation.processes import family, free_port, tool
+from fomoe_flwr.run_directory import RunDirectory
+
+WORDS = [
+    "preset=tiny",
+    "model.num_experts=10",
+    "layout.num_workers=3",
+    "layout.overlap=1",
+    "layout.residents=[4,4,2]",
+    "local.threads=1",
+    "seed=5",
+]
+"""The last worker has half the room of the others."""
+
+pytestmark = [pytest.mark.flower, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    made = Loopback(tmp_path_factory.mktemp("federation"), ["", "", "capacity-gib=0.5"])
+    made.up()
+    stop = threading.Event()
+    keeper = threading.Thread(target=made.keep, args=[stop])
+    keeper.start()
+    yield made
+    stop.set()
+    keeper.join()
+    made.end()
+    assert family(made.folder) == []
+
+
+def supernode(federation: Loopback, authority: Path, key: Path) -> list[str]:
+    return [
+        tool("flower-supernode"),
+        *("--root-certificates", str(authority), "--auth-supernode-private-key", str(key)),
+        *("--superlink", federation.address, "--port", str(free_port())),
+        *("--max-retries", "1", "--max-wait-time", "10"),
+    ]
+
+
+def attempt(federation: Loopback, command: list[str]) -> tuple[int, str]:
+    done = subprocess.run(
+        command,
+        env=federation.variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_key_that_is_not_registered_is_refused(federation: Loopback, tmp_path: Path) -> None:
+    key = make_node_key(tmp_path, "stranger")
+    status, text = attempt(
+        federation, supernode(federation, federation.credentials / "ca.crt", key)
+    )
+    assert status != 0, text
+    assert "SuperNode ID" not in text
+
+
+def test_a_node_that_trusts_another_authority_does_not_connect(
+    federation: Loopback, tmp_path: Path
+) -> None:
+    make_authority(tmp_path / "other")
+    key = federation.credentials / "node-0"
+    status, text = attempt(federation, supernode(federation, tmp_path / "other" / "ca.crt", key))
+    assert status != 0, text
+    assert "SuperNode ID" not in text
+
+
+def test_plain_text_is_refused(federation: Loopback) -> None:
+    with pytest.raises((urllib.error.URLError, OSError)):
+        urllib.request.urlopen(f"http://{federation.address}/health", timeout=5)
+    key = federation.credentials / "node-0"
+    command = supernode(federation, federation.credentials / "ca.crt", key)
+    status, text = attempt(federation, [*command, "--insecure"])
+    assert status != 0, text
+
+
+def test_three_nodes_give_the_run_that_one_process_gives(
+    federation: Loopback, small_text: Path, tmp_path: Path
+) -> None:
+    words = [*WORDS, f"data.path={small_text}"]
+    folder = str(federation.folder)
+    out = tmp_path / "federation"
+    assert main(["federation", "submit", folder, *words, f"output_dir={out}"]) == 0
+    assert main(["run", *words, f"output_dir={tmp_path / 'here'}"]) == 0
+    rows = RunDirectory(out).read_metrics()
+    wanted = RunDirectory(tmp_path / "here").read_metrics()
+    assert len(rows) == len(wanted) == 2
+    for row, want in zip(rows, wanted, strict=True):
+        for key in ("eval/loss", "train/loss", "train/grad_norm", "moe/ghost_fraction"):
+            assert row[key] == pytest.approx(want[key], abs=1e-6), key
+        for key in ("comm/bytes_up", "comm/bytes_down", "round/participants"):
+            assert row[key] == want[key], key
+    assert RunDirectory(out).read_layouts() == RunDirectory(tmp_path / "here").read_layouts()
+    # What a node keeps lies with the node, not with the run.
+    assert not RunDirectory(out).workers.exists()
+    assert len(list((federation.folder / "nodes").glob("node-*/*/worker-*/*.safetensors"))) >= 3
+
+
+def test_a_run_that_fails_has_a_true_exit_status(
+    federation: Loopback, small_text: Path, tmp_path: Path
+) -> None:
+    words = [*WORDS, f"data.path={small_text}", f"output_dir={tmp_path / 'failed'}"]
+    diverging = ["local.lr=1e30", "local.optimizer=sgd", "local.steps=6"]
+    assert main(["federation", "submit", str(federation.folder), *words, *diverging]) == 1
+    assert RunDirectory(tmp_path / "failed").read_summary()["status"] == "failed"
+
+
+def test_a_keeper_starts_again_what_ends_and_down_ends_all(tmp_path: Path) -> None:
+    import os
+    import signal
+    import time
+
+    assert main(["federation", "up", str(tmp_path), "--nodes", "1", "--detach"]) == 0
+    before = Loopback(tmp_path).pids()
+    os.kill(before["superexec"], signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while Loopback(tmp_path).pids()["superexec"] == before["superexec"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert main(["federation", "up", str(tmp_path), "--nodes", "1"]) == 2
+    assert end_federation(tmp_path) > 0
+    assert family(tmp_path) == []
+    assert not Path(f"/proc/{before['keeper']}").exists()
