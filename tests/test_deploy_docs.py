@@ -1,0 +1,71 @@
+"""docs/deploy.md: its commands are run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fomoe_flwr.federation.processes import family
+from fomoe_flwr.run_directory import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.flower
+def test_the_commands_of_the_loopback_part_work_as_written(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    local = text.partition("## On one machine first")[2].partition("## On real hosts")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", local, flags=re.DOTALL)
+    assert len(blocks) == 2
+    folder = tmp_path / "federation"
+    variables = {
+        **os.environ,
+        "FEDERATION": str(folder),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(blocks)],
+        env=variables,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("run", "run2"):
+        assert RunDirectory(folder / name).read_summary()["status"] == "completed"
+    assert "state        completed, round 2 of 2" in done.stdout
+    assert family(folder) == []
+
+
+def test_deployment_files_start_nothing_insecure_and_name_commands_that_exist() -> None:
+    units = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+    assert len(units) == 4
+    compose = yaml.safe_load((ROOT / "deploy" / "compose" / "compose.yaml").read_text())
+    commands = [service["command"] for service in compose["services"].values()]
+    commands += [
+        re.search(r"^ExecStart=(.*?)\n\w", unit.read_text().replace("\\\n", ""), re.M | re.S)[1]  # type: ignore[index]
+        for unit in units
+    ]
+    for command in commands:
+        assert "--insecure" not in command
+        tool = Path(command.split()[0]).name
+        assert (Path(sys.executable).parent / tool).exists(), tool
+        shown = subprocess.run(
+            [Path(sys.executable).parent / tool, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        if tool != "fomoe":
+            for option in re.findall(r"--[a-z-]+", command):
+                assert option in shown, (tool, option)
