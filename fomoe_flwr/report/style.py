@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Place = Literal["best", "center right"]
 """Of a legend."""
@@ -119,6 +120,8 @@ def _dress(axes: Axes, palette: Palette) -> None:
     axes.set_facecolor("none")
     axes.grid(color=palette.grid, linewidth=0.8)
     axes.set_axisbelow(True)
+    # Long numbers would run into each other.
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.tick_params(colors=palette.ink, labelsize=10)
     axes.xaxis.label.set_color(palette.ink)
     axes.yaxis.label.set_color(palette.ink)

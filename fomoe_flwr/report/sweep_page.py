@@ -11,7 +11,6 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from fomoe_flwr.files import save_text
-from fomoe_flwr.report.environment import environment
 from fomoe_flwr.report.history import History, Points
 from fomoe_flwr.report.page import Page
 from fomoe_flwr.report.pareto import choices_of, pareto_panels
@@ -22,6 +21,7 @@ from fomoe_flwr.sweep.table import sweep_rows
 
 _REFRESH_SECONDS = 30
 _MOST_CURVES = 60
+_ENVIRONMENT = ("commit", "machine")
 
 
 def sweep_page(sweep: SweepDirectory) -> list[Path]:
@@ -29,8 +29,8 @@ def sweep_page(sweep: SweepDirectory) -> list[Path]:
     plan, rows = sweep.plan(), sweep_rows(sweep)
     keys = list(dict.fromkeys(key for job in plan.jobs for key in job.varied))
     statuses = [row["status"] for row in rows]
-    running = any(status in ("running", "waiting") for status in statuses)
-    status = "running" if running else "failed" if "failed" in statuses else "completed"
+    running = "running" in statuses
+    status = next((s for s in ("running", "waiting", "failed") if s in statuses), "completed")
     page = Page(sweep.path.name, status, _REFRESH_SECONDS if running else None)
     page.paragraph(f"fomoe sweep {' '.join(plan.words)}")
     page.facts(
@@ -62,7 +62,7 @@ def sweep_page(sweep: SweepDirectory) -> list[Path]:
     page.heading("Environment")
     page.table(
         ("what", "value"),
-        [(key.removeprefix("environment/"), value) for key, value in environment().items()],
+        [(key, ", ".join(sorted({row[key] for row in rows if row[key]}))) for key in _ENVIRONMENT],
     )
     save_text(page.html(f"fomoe report {sweep.path}"), sweep.report)
     written = [sweep.report]
