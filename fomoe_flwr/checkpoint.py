@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fomoe_flwr.errors import InputError, one_line
-from fomoe_flwr.files import remove_drafts, replace_folder, save_text
+from fomoe_flwr.files import make_folder, remove_drafts, remove_folder, replace_folder, save_text
 
 
 class CheckpointError(InputError):
@@ -52,11 +51,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         state = {"round": checkpoint.server_round, **checkpoint.state}
         (draft / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
+    make_folder(folder)
     remove_drafts(folder)
     replace_folder(target, fill)
     save_text(target.name + "\n", folder / "latest")
     for old in stored_rounds(folder)[:-keep]:
-        shutil.rmtree(folder / f"round-{old:06d}")
+        remove_folder(folder / f"round-{old:06d}")
     return target
 
 

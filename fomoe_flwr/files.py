@@ -31,10 +31,12 @@ def save_json(value: Any, path: Path) -> None:
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Add one JSON object as a line, durably."""
+    is_new = not path.exists()
     with path.open("a", encoding="utf-8") as sink:
         sink.write(json.dumps(dict(value)) + "\n")
-        sink.flush()
-        os.fsync(sink.fileno())
+    _flush(path)
+    if is_new:
+        _flush(path.parent)
 
 
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -43,9 +45,9 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
     draft.mkdir(parents=True)
     try:
         fill(draft)
-        for item in draft.rglob("*"):
-            if item.is_file():
-                _flush(item)
+        # Folders too: a file that is on the disk without its name is lost.
+        for item in (*draft.rglob("*"), draft):
+            _flush(item)
         old = _draft_of(path)
         if path.exists():
             path.rename(old)
@@ -54,6 +56,20 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that is there after a power cut."""
+    if not path.is_dir():
+        path.mkdir()
+        _flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; killed in the middle, it leaves a draft and no half of a folder."""
+    draft = _draft_of(path)
+    path.rename(draft)
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def keep_newest(folder: Path, pattern: str, count: int) -> None:

@@ -128,6 +128,7 @@ class Server:
             self._write_summary("running")
             if self.rounds_done == 0:
                 self._evaluate_start()
+            if not stored_rounds(self.run.checkpoints):
                 # From here on there is something to resume, whatever happens in round 1.
                 self._save(None)
             self.routing.begin(self.model)
@@ -223,7 +224,6 @@ class Server:
             "row": row,
         }
         checkpoint = Checkpoint(self.rounds_done, self.state, self.outer.tensors(), state)
-        self.run.checkpoints.mkdir(exist_ok=True)
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep)
 
     def _resume(self) -> Mapping[str, Any]:

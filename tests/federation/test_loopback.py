@@ -14,7 +14,7 @@ import pytest
 from fomoe_flwr.cli import main
 from fomoe_flwr.federation.credentials import make_authority, make_node_key
 from fomoe_flwr.federation.loopback import Loopback, end_federation
-from fomoe_flwr.federation.processes import family, free_port, tool
+from fomoe_flwr.federation.processes import family, free_port, start, tool
 from fomoe_flwr.run_directory import RunDirectory
 
 WORDS = [
@@ -22,6 +22,7 @@ WORDS = [
     "model.num_experts=10",
     "layout.num_workers=3",
     "layout.overlap=1",
+    "layout.kind=weighted",
     "layout.residents=[4,4,2]",
     "local.threads=1",
     "seed=5",
@@ -54,24 +55,27 @@ def supernode(federation: Loopback, authority: Path, key: Path) -> list[str]:
     ]
 
 
-def attempt(federation: Loopback, command: list[str]) -> tuple[int, str]:
-    done = subprocess.run(
-        command,
-        env=federation.variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
+def attempt(federation: Loopback, command: list[str], folder: Path) -> tuple[int | None, str]:
+    """Run a node for a while; return its status (None: still at it) and what it said.
+
+    It says that to a file: the helper it starts would keep a pipe open.
+    """
+    log = folder / "node.log"
+    process = start(command, federation.variables, folder, log)
+    try:
+        status: int | None = process.wait(timeout=25)
+    except subprocess.TimeoutExpired:
+        status = None
+        process.kill()
+        process.wait()
+    return status, log.read_text(encoding="utf-8", errors="replace")
 
 
 def test_a_key_that_is_not_registered_is_refused(federation: Loopback, tmp_path: Path) -> None:
     key = make_node_key(tmp_path, "stranger")
-    status, text = attempt(
-        federation, supernode(federation, federation.credentials / "ca.crt", key)
-    )
-    assert status != 0, text
+    command = supernode(federation, federation.credentials / "ca.crt", key)
+    status, text = attempt(federation, command, tmp_path)
+    assert status not in (0, None), text
     assert "SuperNode ID" not in text
 
 
@@ -79,19 +83,32 @@ def test_a_node_that_trusts_another_authority_does_not_connect(
     federation: Loopback, tmp_path: Path
 ) -> None:
     make_authority(tmp_path / "other")
-    key = federation.credentials / "node-0"
-    status, text = attempt(federation, supernode(federation, tmp_path / "other" / "ca.crt", key))
+    # A key that is known would be let in, were it not for the certificate.
+    command = supernode(
+        federation, tmp_path / "other" / "ca.crt", federation.credentials / "node-0"
+    )
+    before = requests_seen(federation)
+    status, text = attempt(federation, command, tmp_path)
     assert status != 0, text
     assert "SuperNode ID" not in text
+    assert requests_seen(federation) == before
 
 
-def test_plain_text_is_refused(federation: Loopback) -> None:
+def requests_seen(federation: Loopback) -> int:
+    """Count how often a node asked the SuperLink to let it in."""
+    log = federation.folder / "logs" / "superlink.log"
+    return log.read_text(encoding="utf-8", errors="replace").count("/v1/fleet/activate-node")
+
+
+def test_plain_text_is_refused(federation: Loopback, tmp_path: Path) -> None:
     with pytest.raises((urllib.error.URLError, OSError)):
         urllib.request.urlopen(f"http://{federation.address}/health", timeout=5)
     key = federation.credentials / "node-0"
     command = supernode(federation, federation.credentials / "ca.crt", key)
-    status, text = attempt(federation, [*command, "--insecure"])
-    assert status != 0, text
+    before = requests_seen(federation)
+    status, text = attempt(federation, [*command, "--insecure"], tmp_path)
+    assert status not in (0, None), text
+    assert requests_seen(federation) == before
 
 
 def test_three_nodes_give_the_run_that_one_process_gives(
