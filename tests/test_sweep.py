@@ -240,15 +240,22 @@ def test_jobs_go_through_slurm(tmp_path: Path, small_text: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     scripts = {
+        # The tasks begin after the id is told, as on a cluster: the launcher needs it to put the
+        # pickled jobs in their places.
         "sbatch": """
+here=$(cd "$(dirname "$0")/.." && pwd)
 for file in "$@"; do :; done
-count=$(grep -oP '(?<=--array=0-)[0-9]+' "$file" || echo 0)
-for task in $(seq 0 "$count"); do
-  SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_JOB_NODELIST=here \\
-  SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_JOB_NUM_NODES=1 \\
-  bash "$file" >"$(dirname "$0")/../task$task.log" 2>&1
-  echo "7_$task" >>"$(dirname "$0")/../done"
-done
+last=$(grep -oP '(?<=--array=0-)[0-9]+' "$file" || echo 0)
+seq -f '7_%.0f' 0 "$last" >"$here/tasks"
+touch "$here/done"
+(
+  for task in $(seq 0 "$last"); do
+    SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_JOB_NODELIST=here \\
+    SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_JOB_NUM_NODES=1 \\
+    bash "$file"
+    echo "7_$task" >>"$here/done"
+  done
+) >"$here/tasks.log" 2>&1 </dev/null &
 echo 'Submitted batch job 7'
 """,
         "srun": """
@@ -259,8 +266,12 @@ done
 exec "$@"
 """,
         "sacct": """
+here=$(dirname "$0")/..
 echo 'JobID|State|NodeList'
-sed 's/$/|COMPLETED|here/' "$(dirname "$0")/../done"
+for task in $(cat "$here/tasks"); do
+  grep -qx "$task" "$here/done" && state=COMPLETED || state=RUNNING
+  echo "$task|$state|here"
+done
 """,
         "squeue": "exit 0\n",
     }
