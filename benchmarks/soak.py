@@ -192,6 +192,8 @@ def main() -> int:
         notes.append(text)
         print(text, flush=True)
 
+    # So that `finally` runs, and no process is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     federation.up()
     keeper = threading.Thread(target=federation.keep, args=[stop], daemon=True)
     keeper.start()

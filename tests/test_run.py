@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from fomoe_flwr.checkpoint import stored_rounds
 from fomoe_flwr.cli import main
 from fomoe_flwr.config import load_settings, read_settings
 from fomoe_flwr.federation.in_process_grid import InProcessGrid
-from fomoe_flwr.federation.launch import words_for
+from fomoe_flwr.federation.launch import project_root, words_for
+from fomoe_flwr.federation.run_config import settings_of
 from fomoe_flwr.heartbeat import Heartbeat
 from fomoe_flwr.report import live
 from fomoe_flwr.run_directory import RunDirectory
@@ -765,3 +767,15 @@ def test_words_for_flower_resume_the_same_run(
     settings = load_settings(given)
     monkeypatch.chdir("/")
     assert load_settings(words_for(settings, given)) == settings
+
+
+def test_a_run_config_as_declared_resumes_a_run(start: Start) -> None:
+    run = start("run", "rounds=2", "local.schedule=constant")
+    declared = tomllib.loads((project_root() / "pyproject.toml").read_text(encoding="utf-8"))
+    config = declared["tool"]["flwr"]["app"]["config"]
+    assert settings_of(config | {"resume": str(run.path)}).rounds == 2
+    overrides = f"resume={run.path} rounds=3 engine=flower"
+    settings = settings_of(config | {"overrides": overrides})
+    assert (settings.rounds, settings.output_dir) == (3, str(run.path))
+    # What it declares changes nothing where nothing is asked for.
+    assert settings_of(config).preset == load_settings([]).preset

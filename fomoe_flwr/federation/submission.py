@@ -62,7 +62,9 @@ class SuperLink:
         runs = answer.get("runs") or []
         if not runs:
             raise SubmissionError(f"the SuperLink knows nothing of run {run_id}: {answer}")
-        return str(runs[0]["status"])
+        # Why a run failed; nothing while it goes.
+        details = runs[0].get("status-details")
+        return f"{runs[0]['status']} ({details})" if details else str(runs[0]["status"])
 
     def follow(self, run_id: str) -> str:
         """Wait for the end of a run, however often the SuperLink goes away; return its status."""
@@ -117,7 +119,7 @@ def run_once(
     status = link.follow(run_id)
     say(f"run {run_id}: {status}")
     here = RunDirectory(Path(settings.output_dir)).summary.exists()
-    return is_complete(settings) if here else status == "finished:completed"
+    return is_complete(settings) if here else status.startswith("finished:completed")
 
 
 def supervise(
