@@ -13,7 +13,7 @@ import torch
 from flwr.app import Context, RecordDict
 
 from fomoe_flwr import __version__
-from fomoe_flwr.config import DataSettings, Settings
+from fomoe_flwr.config import Settings
 from fomoe_flwr.data.cache import cache_dir
 from fomoe_flwr.data.source import NodeData
 from fomoe_flwr.data.tokenizer import tokenizer_digest
@@ -34,7 +34,7 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
             f"the server runs fomoe-flwr {setup.get('version')}, this node {__version__}: "
             "install the same version"
         )
-    settings = CACHE.settings(setup["settings"])
+    settings = CACHE.settings(_with_own_words(setup["settings"], context))
     _check_spec(settings, str(setup.get("spec_digest")))
     text = str(setup["tokenizer"])
     path = _tokenizer_path(tokenizer_digest(text))
@@ -56,7 +56,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     """Train one round and return the pseudo-gradient with its metrics."""
     started = time.perf_counter()
     header = TaskHeader.read(content)
-    settings = CACHE.settings(header.settings)
+    settings = CACHE.settings(_with_own_words(header.settings, context))
     spec = _check_spec(settings, header.spec_digest)
     part = None if header.fragment < 0 else spec.fragment(header.fragment, settings.outer.fragments)
     carried = part or spec
@@ -146,15 +146,30 @@ def _check_spec(settings: Settings, digest: str) -> StateSpec:
     return spec
 
 
+def _with_own_words(fields: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Put what the node says of itself over the run's settings; checked with them later."""
+    words = context.node_config
+    local, data = dict(fields["local"]), dict(fields["data"])
+    if device := words.get("device"):
+        local["device"] = str(device)
+    if _has_own_data(context):
+        data["path"] = str(words.get("data-path", ""))
+        data["dataset"] = str(words.get("dataset", ""))
+        data["dataset_config"] = str(words.get("dataset-config", ""))
+        data["dataset_revision"] = str(words.get("dataset-revision", ""))
+    return {**fields, "local": local, "data": data}
+
+
+def _has_own_data(context: Context) -> bool:
+    return bool(context.node_config.get("data-path") or context.node_config.get("dataset"))
+
+
 def _node_data(settings: Settings, worker: int, text: str, context: Context) -> NodeData:
-    """Open the node's text: its own where the operator names some, else its part of the run's."""
-    own = context.node_config.get("data-path")
-    data: DataSettings = settings.data
+    """Open the node's text: all of its own where it names some, else its part of the run's."""
     num_parts, part = settings.layout.num_workers, worker
-    if own:
-        fields: Mapping[str, Any] = {**vars(data), "path": str(own), "dataset": ""}
-        data, num_parts, part = DataSettings(**fields), 1, 0
-    return NodeData(data, settings.local, settings.seed, worker, part, num_parts, text)
+    if _has_own_data(context):
+        num_parts, part = 1, 0
+    return NodeData(settings.data, settings.local, settings.seed, worker, part, num_parts, text)
 
 
 def _tokenizer_path(digest: str) -> Path:
