@@ -139,8 +139,9 @@ def supervise(
     failures, words = 0, list(overrides)
     while True:
         before = stored_rounds(run.checkpoints)
-        if before and not settings.resume:
+        if before:
             say(f"resuming {run.path} after round {before[-1]}")
+        if before and not settings.resume:
             # All other settings are stored with the run.
             words = [f"resume={quoted(str(run.path))}"]
             settings = load_settings(words)
