@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fomoe_flwr.config import LocalSettings
 from fomoe_flwr.files import save_tensors
 from fomoe_flwr.model.residency import Residents
+from fomoe_flwr.model.shards import Wholes, local, parted_like, rows_here, whole
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.routing import RoutingMode, is_expert_key, layer_of
 from fomoe_flwr.synchronisation import MOMENTS as _MOMENTS
@@ -62,7 +63,7 @@ class InnerState:
     def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         """Take one optimizer step; give experts younger than the worker the step of their age."""
         corrected = self._corrections()
-        before = {p: p.detach()[rows].clone() for p, rows, _, _ in corrected}
+        before = {p: local(p)[rows].clone() for p, rows, _, _ in corrected}
         optimizer.step()
         decay = {
             p: rate * g.get("lr_multiplier", 1.0) * g["weight_decay"]
@@ -74,9 +75,9 @@ class InnerState:
             shape = (-1,) + (1,) * (parameter.dim() - 1)
             bias, warmup = bias.to(start).view(shape), warmup.to(start).view(shape)
             # Weight decay knows no bias correction: only Adam's own part is scaled by it.
-            adam = parameter.detach()[rows] - start * (1 - decay[parameter])
-            with torch.no_grad():
-                parameter[rows] = start + warmup * (bias * adam - decay[parameter] * start)
+            here = local(parameter)
+            adam = here[rows] - start * (1 - decay[parameter])
+            here[rows] = start + warmup * (bias * adam - decay[parameter] * start)
         self._steps += 1
         for ages in self._ages:
             ages += 1
@@ -84,6 +85,7 @@ class InnerState:
     def _corrections(self) -> list[tuple[nn.Parameter, Tensor, Tensor, Tensor]]:
         """List (parameter, rows, bias, warm-up) where a row's update differs from its parameter's.
 
+        Of a parameter that is parted among processes only the rows that are here, counted from 0.
         Both factors multiply: `bias` what Adam adds, `warmup` the learning rate.
         """
         if self.settings.optimizer != "adamw" or all(
@@ -92,7 +94,7 @@ class InnerState:
             return []
         found = []
         for name, parameter in self.model.named_parameters():
-            if not is_expert_key(name, self.routing):
+            if not is_expert_key(name, self.routing) or not parameter.numel():
                 continue
             ages = self._ages[layer_of(name)]
             bias = self._bias(ages + 1) / self._bias(ages.max()[None] + 1)
@@ -101,6 +103,8 @@ class InnerState:
             if num_warm:
                 young = (ages < self._steps) & (ages < num_warm)
                 warmup = torch.where(young, (ages + 1) / num_warm, warmup)
+            here = rows_here(parameter)
+            bias, warmup = bias[here], warmup[here]
             off = (bias - 1).abs() + (warmup - 1).abs()
             rows = (off > _NEGLIGIBLE).nonzero().flatten()
             if len(rows):
@@ -112,9 +116,10 @@ class InnerState:
         t = steps.double()
         return (1 - self.settings.beta2**t).sqrt() / (1 - self.settings.beta1**t)
 
-    def moments(self, optimizer: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
+    def moments(self, optimizer: torch.optim.Optimizer, name: str) -> State:
         """Return one of Adam's moments by state key."""
-        return {key: optimizer.state[p][name] for key, p in self.model.named_parameters()}
+        parameters = self.model.named_parameters()
+        return Wholes({key: optimizer.state[p][name] if p.numel() else p for key, p in parameters})
 
     def adopt(
         self,
@@ -134,6 +139,8 @@ class InnerState:
             self._steps = max(self._steps, steps)
         for entry in (*part.shared, *part.expert):
             parameter = parameters[entry.key]
+            if not parameter.numel():
+                continue
             state = optimizer.state[parameter]
             rows: slice | Tensor = slice(None)
             if entry.layer is not None and not both:
@@ -145,8 +152,13 @@ class InnerState:
                 for name in _MOMENTS:
                     state[name] = torch.zeros_like(parameter)
             for name, values in moments.items():
-                target = entry.of({entry.key: state[name]})
-                target[rows] = values[entry.key].to(parameter.device)[rows]
+                start, given = entry.start, values[entry.key]
+                here = rows_here(parameter)
+                first, stop = max(here.start, start), min(here.stop, start + len(given))
+                if stop > first:
+                    chosen = rows[first:stop] if isinstance(rows, Tensor) else rows
+                    target = local(state[name])[first - here.start : stop - here.start]
+                    target[chosen] = given[first - start : stop - start].to(target)[chosen]
             if both:
                 state["step"].fill_(float(steps))
         if both:
@@ -158,17 +170,23 @@ class InnerState:
         optimizer: torch.optim.Optimizer,
         path: Path,
         weights: Mapping[str, Tensor] | None = None,
+        is_writer: bool = True,
     ) -> None:
         """Write moments, ages, cursor and `weights` to one safetensors file, atomically.
 
-        With `local.keep_inner_state=false` no moments and ages are kept.
+        With `local.keep_inner_state=false` no moments and ages are kept. Processes that share the
+        model call this together, and one writes: what lies on the disk is whole, so that the next
+        round may have another number of processes.
         """
-        tensors = {
-            f"{moment}/{name}": optimizer.state[p][moment].detach().cpu().contiguous()
-            for name, p in self.model.named_parameters()
-            for moment in _MOMENTS
-            if self.settings.keep_inner_state and moment in optimizer.state.get(p, {})
-        }
+        tensors: dict[str, Tensor] = {}
+        for name, p in self.model.named_parameters():
+            for moment in _MOMENTS:
+                if self.settings.keep_inner_state and moment in optimizer.state.get(p, {}):
+                    value = whole(optimizer.state[p][moment])
+                    if is_writer:
+                        tensors[f"{moment}/{name}"] = value.cpu().contiguous()
+        if not is_writer:
+            return
         for layer, ages in enumerate(self._ages):
             tensors[f"age/{layer}"] = ages
             tensors[f"resident/{layer}"] = torch.tensor(self.residents[layer], dtype=torch.long)
@@ -209,6 +227,8 @@ class InnerState:
         if self.settings.optimizer != "adamw":
             return
         for name, parameter in self.model.named_parameters():
+            if not parameter.numel():
+                continue
             is_expert = is_expert_key(name, self.routing)
             step = int(self._ages[layer_of(name)].max()) if is_expert else self._steps
             state: dict[str, Tensor] = {"step": torch.tensor(float(step), device=parameter.device)}
@@ -216,7 +236,7 @@ class InnerState:
                 value = stored.get_tensor(f"{moment}/{name}")
                 if is_expert:
                     value = _rows(value, origin[layer_of(name)])
-                state[moment] = value.to(parameter.device)
+                state[moment] = parted_like(parameter, value)
             optimizer.state[parameter] = state
 
 

@@ -10,9 +10,12 @@ from fomoe_flwr.config import Settings, SettingsError
 from fomoe_flwr.costs import layout_context
 from fomoe_flwr.data.source import check_data
 from fomoe_flwr.layout import check_layout
+from fomoe_flwr.parallel.choice import num_processes
+from fomoe_flwr.parallel.deal import Deal
 from fomoe_flwr.pretrained import check_pretrained
 from fomoe_flwr.run_directory import claim_output_dir
 from fomoe_flwr.tracking import check_tracker
+from fomoe_flwr.worker import pick_device
 
 
 def preflight(settings: Settings) -> None:
@@ -23,6 +26,10 @@ def preflight(settings: Settings) -> None:
     is_here = settings.engine == "in_process"
     if is_here and settings.local.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
+    if settings.local.processes:
+        Deal.of(settings.local, settings.local.processes)
+    if is_here:
+        num_processes(settings, pick_device(settings.local.device).type, torch.cuda.device_count())
     if model.pretrained:
         check_pretrained(Path(model.pretrained), model)
     check_tracker(settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from fomoe_flwr.model.cuda_graph import GraphedPass
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.head_loss import head_loss
 from fomoe_flwr.model.router_probe import RouterProbe, RoutingCounts
+from fomoe_flwr.model.shards import whole
+from fomoe_flwr.parallel.team import ALONE, Team
 
 if TYPE_CHECKING:
     # Reading text takes libraries that a step does not need.
@@ -81,6 +83,8 @@ def make_optimizer(model: nn.Module, settings: LocalSettings) -> torch.optim.Opt
     """
     groups: dict[tuple[bool, Multipliers], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.numel():  # of a layer without residents
+            continue
         exempt = parameter.dim() < 2 or any(
             part in name for part in ("embed", "norm", ".gate.", "lm_head")
         )
@@ -145,18 +149,21 @@ def train(
     total_steps: int,
     device: torch.device,
     execution: Execution = PLAIN,
+    team: Team = ALONE,
 ) -> LocalReport:
     """Take `settings.steps` optimizer steps, starting at step `first_step` of the run.
 
-    `execution` must be the one that the model was prepared with. Raises TrainingError when the loss
-    is no longer finite: a worker that diverged must not send its weights.
+    `execution` must be the one that the model was prepared with, and `team` the one it is parted
+    among; every process of it gets the same report. Raises TrainingError when the loss is no longer
+    finite: a worker that diverged must not send its weights.
     """
+    passes = team.passes(settings)
 
-    def run_pass(windows: Tensor) -> tuple[Tensor, Tensor]:
-        loss = token_loss(model, windows, settings.precision, execution.chunked_loss)
+    def run_pass(windows: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+        loss = team.run(token_loss, model, windows, settings.precision, execution.chunked_loss)
         routers = probe.losses()
         extra = balance.loss * routers.balance + balance.z_loss * routers.z
-        ((loss + extra) / settings.accumulate).backward()
+        ((loss + extra) / (passes / weight)).backward()
         return loss.detach(), routers.balance.detach().to(device)
 
     model.train()
@@ -173,36 +180,38 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         step_loss = torch.zeros((), device=device)
         step_balance = torch.zeros((), device=device)
-        for index, windows in enumerate(_micro_batches(batches, settings.accumulate, device)):
+        passed = enumerate(team.micro_batches(batches, settings, device))
+        for index, (windows, weight) in passed:
             if execution.cuda_graph and graph is None:
                 graph = GraphedPass(run_pass, windows, parameters, probe.forget)
-            loss, balanced = graph(windows, index == 0) if graph else run_pass(windows)
-            step_loss += loss / settings.accumulate
-            step_balance += balanced / settings.accumulate
+            loss, balanced = graph(windows, index == 0) if graph else run_pass(windows, weight)
+            step_loss += loss / (passes / weight)
+            step_balance += balanced / (passes / weight)
             tokens += windows[:, 1:].numel()
         norms.append(_clip(parameters, optimizer, settings.grad_clip))
         inner.step(optimizer, rate)
-        probe.move_biases(balance.bias_rate)
+        probe.move_biases(balance.bias_rate, team.sum)
         losses.append(step_loss)
         balances.append(step_balance)
     # One host sync a round, not one a step.
-    mean_loss = float(torch.stack(losses).mean())
+    step_losses = team.mean(torch.stack(losses))
+    mean_loss = float(step_losses.mean())
     if not math.isfinite(mean_loss):
-        bad = next(i for i, loss in enumerate(losses) if not math.isfinite(float(loss)))
+        bad = next(i for i, loss in enumerate(step_losses) if not math.isfinite(float(loss)))
         raise TrainingError(
-            f"training loss is {float(losses[bad])} at step {first_step + bad}: lower "
+            f"training loss is {float(step_losses[bad])} at step {first_step + bad}: lower "
             f"local.lr={settings.lr} or local.grad_clip={settings.grad_clip}"
         )
     optimizer.zero_grad(set_to_none=True)
     return LocalReport(
         loss=mean_loss,
-        last_loss=float(losses[-1]),
-        balance_loss=float(torch.stack(balances).mean()),
+        last_loss=float(step_losses[-1]),
+        balance_loss=float(team.mean(torch.stack(balances)).mean()),
         grad_norm=float(torch.stack(norms).mean()),
         lr=rate,
-        tokens=tokens,
+        tokens=int(team.sum(torch.tensor(tokens))),
         seconds=time.perf_counter() - started,
-        routing=probe.counts,
+        routing=probe.counts.over(team.sum),
     )
 
 
@@ -215,18 +224,9 @@ def _clip(
     them. A limit of 0 is none.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = whole(nn.utils.get_total_norm(gradients))
     if limit > 0 and isinstance(optimizer, torch.optim.AdamW):
         optimizer.grad_scale = ((norm.float() + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
     elif limit > 0:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.detach().float()
-
-
-def _micro_batches(batches: Batches, count: int, device: torch.device) -> Iterator[Tensor]:
-    for _ in range(count):
-        windows = batches.next_batch()
-        if device.type == "cuda":
-            # From pageable memory the copy would make the host wait for the GPU.
-            windows = windows.pin_memory()
-        yield windows.to(device, non_blocking=True)

@@ -24,7 +24,9 @@ from fomoe_flwr.inner_state import InnerState, stored_weights
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.router_probe import RouterProbe, chosen_experts
+from fomoe_flwr.model.shards import Wholes
 from fomoe_flwr.model.state import State, StateSpec, load_state, overlay, state_of
+from fomoe_flwr.parallel.team import ALONE, Team
 from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
 from fomoe_flwr.training import LocalReport, make_optimizer, train
 from fomoe_flwr.worker_cache import CACHE
@@ -83,35 +85,44 @@ class RoundResult:
     """[num_layers, tokens, top_k] experts that the probe's tokens chose before averaging."""
 
 
-def run_round(task: RoundTask, open_batches: Callable[[int], Batches]) -> RoundResult:
+def run_round(
+    task: RoundTask, open_batches: Callable[[int], Batches], team: Team = ALONE
+) -> RoundResult:
     """Train one round and return the pseudo-gradient, received minus trained weights.
 
     The inner state is read from `state_dir` (the newest before this round) and written there under
-    this round's number, so that a repeated round starts from the same place.
+    this round's number, so that a repeated round starts from the same place. All processes of a
+    team call this with the same task; the result of the first one counts, those of the others have
+    no vectors.
     """
     settings, local = task.settings, task.settings.local
     device = pick_device(local.device)
     received, current = _starting_weights(task)
-    with _threads(local.threads), CACHE.model(settings, task.residents, device) as model:
+    lent = CACHE.model(settings, task.residents, device, team)
+    with _threads(local.threads // team.size), lent as model:
         load_state(model, current)
         del current
         optimizer = make_optimizer(model, local)
         inner, batches = _resume(task, model, optimizer, open_batches)
-        report = _train(task, model, optimizer, inner, batches)
-        choices = _choices(task, model)
+        report = _train(task, model, optimizer, inner, batches, team)
+        choices = _choices(task, model, team)
         inner.cursor = batches.state()
-        trained = state_of(model)
-        _save(task, inner, optimizer, received, trained)
+        trained = Wholes(state_of(model))
+        _save(task, inner, optimizer, received, trained, team)
         fragment = fragment_of_round(settings.outer, task.server_round)
         part = task.spec.fragment(fragment, settings.outer.fragments)
+        pack = _packed if team.is_first else _gathered
         moments = {
-            name: _packed(part.parameters(), inner.moments(optimizer, name))
+            name: pack(part.parameters(), inner.moments(optimizer, name))
             for name in moments_of_round(settings.outer, task.server_round)
         }
         # Two thirds of the training state, and from here on nobody asks for it.
         optimizer.state.clear()
-        difference = _difference(part, received, trained, task.residents)
-        shared, experts = _corrected(task, part, *difference)
+        if team.is_first:
+            difference = _difference(part, received, trained, task.residents)
+            shared, experts = _corrected(task, part, *difference)
+        else:
+            shared, experts = _gathered(part, trained)
         return RoundResult(
             shared=shared,
             experts=experts,
@@ -149,6 +160,7 @@ def _train(
     optimizer: torch.optim.Optimizer,
     inner: InnerState,
     batches: Batches,
+    team: Team,
 ) -> LocalReport:
     settings, local = task.settings, task.settings.local
     device = pick_device(local.device)
@@ -172,18 +184,26 @@ def _train(
         total_steps=settings.rounds * local.steps,
         device=device,
         execution=execution,
+        team=team,
     )
     probe.close()
     return report
 
 
-def _choices(task: RoundTask, model: PreTrainedModel) -> Tensor | None:
+def _choices(task: RoundTask, model: PreTrainedModel, team: Team) -> Tensor | None:
     if task.probe is None:
         return None
     shape, batch_size = task.settings.model, task.settings.local.batch_size
-    return chosen_experts(
-        model, task.probe, shape.num_experts, shape.top_k, task.residents, batch_size
-    )
+    with torch.no_grad():
+        return team.run(
+            chosen_experts,
+            model,
+            task.probe,
+            shape.num_experts,
+            shape.top_k,
+            task.residents,
+            batch_size,
+        )
 
 
 def _save(
@@ -192,14 +212,26 @@ def _save(
     optimizer: torch.optim.Optimizer,
     received: State,
     trained: State,
+    team: Team,
 ) -> None:
     """Write down what the worker's next round starts from; forget what none will ask for."""
     keep: dict[str, Tensor] = {}
     if task.settings.outer.fragments > 1:
         keep = {f"received/{key}": value for key, value in received.items()}
-        keep |= {f"trained/{key}": value for key, value in trained.items()}
-    inner.save(optimizer, _state_file(task.state_dir, task.server_round), keep)
-    _forget(task.state_dir, {*task.keep_rounds, task.server_round, task.server_round - 1})
+        for key, value in trained.items():
+            if team.is_first:
+                keep[f"trained/{key}"] = value.cpu()
+    path = _state_file(task.state_dir, task.server_round)
+    inner.save(optimizer, path, keep, is_writer=team.is_first)
+    if team.is_first:
+        _forget(task.state_dir, {*task.keep_rounds, task.server_round, task.server_round - 1})
+
+
+def _gathered(part: StateSpec, state: State) -> Vectors:
+    """Take part in gathering what the first process packs; keep nothing of it."""
+    for entry in (*part.shared, *part.expert):
+        state[entry.key]
+    return torch.empty(0), torch.empty(0)
 
 
 def _packed(part: StateSpec, state: State) -> Vectors:

@@ -25,6 +25,7 @@ from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, fill_slots
 from fomoe_flwr.model.state import StateSpec, cast_parameters
+from fomoe_flwr.parallel.team import ALONE, Team
 
 MOST_ENTRIES = 4
 """Settings, specs and texts that are kept; models are large, of them there is one."""
@@ -69,9 +70,15 @@ class WorkerCache:
 
     @contextmanager
     def model(
-        self, settings: Settings, residents: Residents, device: torch.device
+        self,
+        settings: Settings,
+        residents: Residents,
+        device: torch.device,
+        team: Team = ALONE,
     ) -> Iterator[PreTrainedModel]:
         """Lend a model of these residents, prepared for its execution, with weights of any value.
+
+        It is parted among the team, of which a process is in one at most.
 
         A model of the same shapes is used again. One that was lent when a round failed is not: who
         knows what it left there.
@@ -79,15 +86,24 @@ class WorkerCache:
         shape, execution, length = settings.model, settings.execution, settings.data.sequence_length
         counts = [len(layer) for layer in residents]
         # `local` too: training may have its own ways with a model, such as its precision.
-        key = repr((shape, execution, settings.local, length, counts, device))
+        key = repr((shape, execution, settings.local, length, counts, device, team.name))
         model = self._models.pop(key, None)
         # Before another one is built: there is memory for one.
         self._models.clear()
         if model is None:
+            team.let_go()
             config = self._spec(settings)[0]
-            model = build_model(shape, config, residents, device=device, empty=True)
-            cast_parameters(model, settings.local.precision)
+
+            def arrange(built: PreTrainedModel) -> None:
+                # Before it is parted: shards cannot change their type.
+                cast_parameters(built, settings.local.precision)
+                team.arrange(built)
+
+            model = build_model(
+                shape, config, residents, device=device, empty=True, arrange=arrange
+            )
             Execution.choose(execution, device, shape.vocab_size).prepare(model)
+            team.take(model)
         else:
             fill_slots(model, residents)
         yield model

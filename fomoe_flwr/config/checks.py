@@ -50,6 +50,7 @@ def check(settings: Settings) -> None:
     _check_execution(settings)
     _check_presence(settings)
     _check_privacy(settings)
+    _check_parallel(settings)
     if settings.data.path and settings.data.dataset not in ("", *LOCAL_STREAMS):
         raise SettingsError(
             f"data.path={settings.data.path} and data.dataset={settings.data.dataset} contradict "
@@ -238,6 +239,20 @@ def _check_execution(settings: Settings) -> None:
         raise SettingsError(
             f"execution.cuda_graph=true needs execution.experts=static or auto (got "
             f"{execution.experts}): the other cores wait for the device"
+        )
+
+
+def _check_parallel(settings: Settings) -> None:
+    local = settings.local
+    if local.parallel == "none" and local.processes > 1:
+        raise SettingsError(
+            f"local.processes={local.processes} contradicts local.parallel=none: use 0 or 1, or "
+            "local.parallel=auto"
+        )
+    if settings.execution.cuda_graph and (local.processes > 1 or local.parallel in ("ddp", "fsdp")):
+        raise SettingsError(
+            f"execution.cuda_graph=True belongs to one process: local.parallel={local.parallel} "
+            f"and local.processes={local.processes} must be none or auto, and 0 or 1"
         )
 
 

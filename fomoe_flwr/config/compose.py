@@ -36,6 +36,8 @@ RESUMABLE_KEYS = (
     "execution",
     "local.device",
     "local.threads",
+    "local.parallel",
+    "local.processes",
 )
 """What may change when a run is resumed; everything else is the run's identity."""
 

@@ -141,6 +141,11 @@ class LocalSettings:
     keep_inner_state: bool = True
     device: str = _choice("auto", "auto", "cpu", "cuda")
     threads: int = _number(0, at_least=0)
+    parallel: str = _choice("auto", "auto", "none", "ddp", "fsdp")
+    """Processes that train a worker together: a replica in each (ddp), or every parameter parted
+    among them (fsdp). auto: ddp if the training state fills at most half of a GPU, else fsdp."""
+    processes: int = _number(0, at_least=0)
+    """0: one for every GPU that the node shows."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.node_memory import capacity_gib
 from fomoe_flwr.worker import RoundResult, RoundTask, pick_device, run_round
 from fomoe_flwr.worker_cache import CACHE
+from fomoe_flwr.worker_team import TEAM, team_size
 
 
 def answer_query(content: RecordDict, context: Context) -> RecordDict:
@@ -95,7 +96,11 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
         probe=torch.tensor(header.probe) if header.probe else None,
     )
-    result = run_round(task, partial(CACHE.batches, data))
+    count = team_size(task)
+    if count > 1:
+        result = TEAM.run_round(task, data, count)
+    else:
+        result = run_round(task, partial(CACHE.batches, data))
     overhead = time.perf_counter() - started - result.report.seconds
     return _reply(header, task, result, overhead)
 

@@ -8,7 +8,7 @@ cut to `[R, ...]` there, and only then does memory appear. Which parameters are 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ def build_model(
     device: str | torch.device = "cpu",
     seed: int | None = None,
     empty: bool = False,
+    arrange: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """Build a model that holds `residents` per layer (None = all experts).
 
     The stock initialisation runs under `seed` (the caller's random state is left alone); with
     `empty=True` parameters are left uninitialised, for a caller that overwrites all of them.
+    `arrange` gets the model before it has memory.
     """
     register()
     family = FAMILIES[model.family]
@@ -49,6 +51,8 @@ def build_model(
         block.gate.score_function = family.score_function
     if residents is not None:
         _cut(built, model, residents)
+    if arrange is not None:
+        arrange(built)
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)

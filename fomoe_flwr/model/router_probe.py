@@ -30,6 +30,12 @@ class RoutingCounts:
     """[num_layers] tokens of which every choice was a ghost."""
     tokens: int = 0
 
+    def over(self, total: Callable[[Tensor], Tensor]) -> RoutingCounts:
+        """Return the counts of several processes, of which `total` adds up a tensor."""
+        parts = [self.load.flatten(), self.ghosts, self.all_ghost, torch.tensor([self.tokens])]
+        sums = total(torch.cat(parts)).split([part.numel() for part in parts])
+        return RoutingCounts(sums[0].view_as(self.load), sums[1], sums[2], int(sums[3]))
+
     @property
     def ghost_fraction(self) -> float:
         """Share of assignments that went to a ghost, over all layers."""
@@ -128,14 +134,17 @@ class RouterProbe:
         balance, z = (torch.stack(column).mean() for column in zip(*pending, strict=True))
         return RouterLosses(balance, z)
 
-    def move_biases(self, rate: float) -> None:
+    def move_biases(
+        self, rate: float, total: Callable[[Tensor], Tensor] = lambda load: load
+    ) -> None:
         """Move every selection bias by `rate` towards balance (arXiv 2408.15664).
 
         An expert with less than the mean load since the last call gets more, one above it less.
+        `total` adds up a tensor over the processes of this worker.
         """
         for listener in self._layers.values():
             if rate:
-                load_E = listener.step_load_E.float()
+                load_E = total(listener.step_load_E).float()
                 with torch.no_grad():
                     bias_E = listener.block.gate.e_score_correction_bias
                     bias_E += rate * torch.sign(load_E.mean() - load_E)

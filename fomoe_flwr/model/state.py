@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model.residency import Residents, build_model
+from fomoe_flwr.model.shards import fill
 from fomoe_flwr.routing import is_expert_key, layer_of
 from fomoe_flwr.synchronisation import fragment_rows
 
@@ -180,10 +181,9 @@ def cast_parameters(model: nn.Module, precision: str) -> None:
 
 
 def load_state(model: nn.Module, state: State) -> None:
-    """Copy a state into a model of the same residents."""
-    with torch.no_grad():
-        for key, target in state_of(model).items():
-            target.copy_(state[key])
+    """Copy a state into a model of the same residents, or into its shards."""
+    for key, target in state_of(model).items():
+        fill(target, state[key])
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:

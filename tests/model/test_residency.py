@@ -173,7 +173,8 @@ def test_weights_gradients_and_moments_are_those_of_residents_to_the_byte(
     optimizer = make_optimizer(model, LocalSettings())
     token_loss(model, windows()).backward()
     optimizer.step()
-    held = list(model.parameters())
+    # Stock matrices of no elements (shared experts that there are none of) have no moments.
+    held = [p for p in model.parameters() if p.numel()]
     assert storage_bytes(p.grad for p in held if p.grad is not None) == expected
     moments = chain.from_iterable(
         (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]) for p in held

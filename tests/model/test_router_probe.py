@@ -14,6 +14,7 @@ from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, moe_blocks
 from fomoe_flwr.model.router_probe import RouterProbe
+from fomoe_flwr.training import token_loss
 
 SHAPE = ModelSettings(
     num_layers=2,
@@ -97,6 +98,16 @@ def balance_by_hand(routers: Routers) -> float:
         share = [flat.count(e) / len(flat) for e in range(num_scored)]
         losses.append(num_scored * sum(f * p for f, p in zip(share, probability, strict=True)))
     return sum(losses) / len(losses)
+
+
+def test_passes_count_however_their_loss_calls_the_model() -> None:
+    """A loss that never holds all logits calls the base of the model, not the model."""
+    model = model_of(residents=RESIDENTS)
+    probe = RouterProbe(model, SHAPE.num_experts, RESIDENTS)
+    for passes in (1, 2, 3):
+        token_loss(model, torch.randint(0, 256, (2, 8)), chunked=True)
+        assert float(probe.losses().balance) > 0
+        assert probe.counts.tokens == passes * TOKENS
 
 
 @pytest.mark.parametrize("routing", ["skip_token", "partitioned"])

@@ -1,0 +1,200 @@
+"""Time the training step of one worker in one process and in several, under DDP and FSDP2.
+
+    python benchmarks/parallel.py --json benchmarks/results/parallel-gpu.json
+    python benchmarks/parallel.py --processes 2 --share 0.25 model=olmoe-demo local.steps=16
+
+The worker holds `--share` of the experts of every layer. A step has as many micro-batches as there
+are processes, and each takes one; a lone process takes them one after the other, so all variants
+see the same tokens and must report the same loss. Efficiency is the speed-up over one process,
+divided by the number of processes. Memory is the most that torch held on a process's GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fomoe_flwr.config import Settings, load_settings, settings_from_dict
+from fomoe_flwr.inner_state import InnerState
+from fomoe_flwr.model.execution import Execution
+from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.residency import build_model
+from fomoe_flwr.model.router_probe import RouterProbe
+from fomoe_flwr.model.shards import Wholes
+from fomoe_flwr.model.state import load_state, state_of
+from fomoe_flwr.parallel.processes import Processes
+from fomoe_flwr.parallel.serve import Job, serve
+from fomoe_flwr.parallel.team import ALONE, Team
+from fomoe_flwr.parallel.torch_team import TorchTeam
+from fomoe_flwr.training import make_optimizer, train
+
+ON_GPU = (
+    # 1.7 billion parameters, of which a token uses 0.3.
+    "model.num_layers=16",
+    "model.hidden_size=1024",
+    "model.expert_size=512",
+    "model.num_experts=64",
+    "model.top_k=8",
+    "model.num_heads=16",
+    "model.num_kv_heads=16",
+    "model.vocab_size=50304",
+    "data.sequence_length=2048",
+    "local.batch_size=8",
+    "local.precision=bfloat16",
+)
+TIMEOUT_SECONDS = 300
+
+
+@dataclass
+class RandomBatches:
+    """Random windows, the same in every variant."""
+
+    settings: Settings
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def next_batch(self) -> Tensor:
+        """Return the next [B, S + 1] windows."""
+        local, data = self.settings.local, self.settings.data
+        shape = (local.batch_size, data.sequence_length + 1)
+        return torch.randint(self.settings.model.vocab_size, shape, generator=self.generator)
+
+
+def take_steps(job: Job, joined: TorchTeam) -> dict[str, Any]:
+    """Train `warm_steps` and then `local.steps` steps; return what the latter report."""
+    settings = settings_from_dict(job["settings"])
+    team: Team = joined if joined.size > 1 else ALONE
+    shape, device = settings.model, joined.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    config = transformers_config(shape, settings.data.sequence_length)
+    held = max(1, round(shape.num_experts * job["share"]))
+    residents = [list(range(held))] * shape.num_layers
+    full = build_model(shape, config, residents, seed=settings.seed)
+    model = build_model(shape, config, residents, device=device, empty=True, arrange=team.arrange)
+    load_state(model, state_of(full))
+    del full
+    execution = Execution.choose(settings.execution, device, shape.vocab_size)
+    execution.prepare(model)
+    team.take(model)
+    optimizer = make_optimizer(model, settings.local)
+    inner = InnerState(model, settings.local, shape.routing_mode, residents)
+    batches: Any = RandomBatches(settings)
+    reports = []
+    for steps in (job["warm_steps"], settings.local.steps):
+        probe = RouterProbe(model, shape.num_experts, residents, compiled=execution.compiled)
+        reports.append(
+            train(
+                model,
+                probe,
+                optimizer,
+                inner,
+                batches,
+                replace(settings.local, steps=steps),
+                balance=settings.balance,
+                first_step=0,
+                total_steps=steps,
+                device=device,
+                execution=execution,
+                team=team,
+            )
+        )
+        probe.close()
+    report = reports[-1]
+    trained = Wholes(state_of(model))
+    if job.get("weights"):
+        weights = {key: trained[key].cpu().contiguous() for key in trained}
+        if joined.is_first:
+            save_file(weights, job["weights"])
+    team.let_go()
+    return {
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "balance_loss": report.balance_loss,
+        "ghost_fraction": report.routing.ghost_fraction,
+        "tokens": report.tokens,
+        "tokens_per_second": report.tokens_per_second,
+        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30
+        if device.type == "cuda"
+        else None,
+    }
+
+
+def job(settings: Settings, device: str, parallel: str, share: float, **more: Any) -> Job:
+    """Return the job of one variant."""
+    return {
+        "settings": settings.to_dict(),
+        "share": share,
+        "warm_steps": 3,
+        "device": device,
+        "parallel": parallel,
+        "state_bytes": 0,
+        "threads": max(1, torch.get_num_threads() // settings.local.accumulate),
+        "timeout_seconds": TIMEOUT_SECONDS,
+    } | more
+
+
+def compare(settings: Settings, device: str, count: int, share: float) -> dict[str, Any]:
+    """Run one process, then `count` of them under DDP and under FSDP2."""
+    results: dict[str, Any] = {}
+    for processes, kinds in ((1, ("ddp",)), (count, ("ddp", "fsdp"))):
+        together = Processes("parallel", processes)
+        try:
+            for kind in kinds:
+                name = f"{processes} {kind}" if processes > 1 else "1"
+                results[name] = together.run(job(settings, device, kind, share))
+                speed_up = results[name]["tokens_per_second"] / results["1"]["tokens_per_second"]
+                results[name] |= {"speed_up": speed_up, "efficiency": speed_up / processes}
+                print(f"{name:>8}  {json.dumps(results[name])}", flush=True)
+        finally:
+            together.close()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", help="settings, as for `fomoe run`")
+    parser.add_argument("--processes", type=int, default=0, help="0: one for every GPU, else 2")
+    parser.add_argument("--share", type=float, default=0.5, help="resident share of the experts")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    arguments = parser.parse_args()
+    has_gpu = torch.cuda.is_available()
+    count = arguments.processes or max(2, torch.cuda.device_count())
+    settings = load_settings(
+        [
+            *(ON_GPU if has_gpu else ()),
+            f"local.accumulate={count}",
+            "local.warmup_steps=0",
+            "local.schedule=constant",
+            f"local.steps={10 if has_gpu else 4}",
+            *arguments.overrides,
+        ]
+    )
+    results = compare(settings, "cuda" if has_gpu else "cpu", count, arguments.share)
+    if arguments.json:
+        machine = torch.cuda.get_device_name() if has_gpu else platform.machine()
+        document = {
+            "machine": machine,
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "share": arguments.share,
+            "settings": settings.to_dict(),
+            "variants": results,
+        }
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if "FOMOE_RANK" in os.environ:
+        serve(take_steps)
+    else:
+        main()

@@ -1,0 +1,1 @@
+"""Several processes that train one worker together: one for each GPU of its node."""
