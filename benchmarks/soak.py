@@ -217,7 +217,8 @@ def main() -> int:
         "rounds": len(rows),
         "faults": dict(Counter(fault["kind"] for fault in injector.done)),
         "faults injected": len(injector.done),
-        "server resumed": sum(note.startswith("resuming") for note in notes),
+        "server resumed": sum("submitted" in note for note in notes) - 1,
+        "log": notes,
         "process starts": dict(
             Counter(
                 event["process"]
