@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -33,10 +34,12 @@ from fomoe_flwr.federation.credentials import (
     make_server_certificate,
 )
 from fomoe_flwr.federation.processes import (
+    ProcessError,
     end_family,
     environment,
     family,
     free_port,
+    send,
     start,
     tool,
     wait_until_healthy,
@@ -50,6 +53,8 @@ CONNECTION = "fomoe"
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 60.0
+_ADMISSION_SECONDS = 120.0
+"""How long nodes may take until they are let in."""
 _LOOK_SECONDS = 0.5
 _LOG_BYTES = 8 * 2**20
 _LINK, _EXEC = "superlink", "superexec"
@@ -136,8 +141,7 @@ class Loopback:
                 # A node that was killed is refused until the SuperLink has noticed: up to a minute.
                 daemon = self._daemon(node["name"], self._node_command(index), (2.0, 5.0, 10.0))
                 self._start(daemon)
-            for node in self._state["nodes"]:
-                self._wait(f"{_HOST}:{node['port']}", self._daemons[node["name"]])
+            self._wait_for_nodes()
         except BaseException:
             self.end()
             raise
@@ -148,8 +152,31 @@ class Loopback:
             for daemon in self._daemons.values():
                 self._look_after(daemon)
 
+    def _wait_for_nodes(self) -> None:
+        """Wait until all nodes are healthy; one that is refused at first is started again."""
+        deadline = time.monotonic() + _ADMISSION_SECONDS
+        for node in self._state["nodes"]:
+            daemon = self._daemons[node["name"]]
+            while True:
+                try:
+                    self._wait(f"{_HOST}:{node['port']}", daemon)
+                    break
+                except ProcessError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    self._look_after(daemon)
+                    time.sleep(_LOOK_SECONDS)
+
     def end(self) -> None:
-        """End every process of the federation."""
+        """End every process of the federation, the nodes while they can still say goodbye.
+
+        The SuperLink takes a node that did not for alive, and lets it in again after a minute only.
+        """
+        nodes = [d.process for name, d in self._daemons.items() if name not in (_LINK, _EXEC)]
+        processes = [psutil.Process(p.pid) for p in nodes if p is not None and p.poll() is None]
+        for process in processes:
+            send(process, signal.SIGTERM)
+        psutil.wait_procs(processes, timeout=10)
         self._daemons.clear()
         ended = end_family(self.folder)
         self._note("federation", "ended", processes=ended)
