@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Context, RecordDict
 
 from fomoe_flwr.config import Settings, load_settings
 from fomoe_flwr.data.tokens import TokenBlocks
@@ -230,4 +230,4 @@ def test_a_worker_refuses_probe_tokens_that_its_model_does_not_know(
     reached: Callable[..., Any] = lambda *_: pytest.fail("went on")  # noqa: E731
     monkeypatch.setattr(client, "run_round", reached)
     with pytest.raises(WireError, match="probe has token 512, the vocabulary 512"):
-        client.answer_task(content, None)  # type: ignore[arg-type]
+        client.answer_task(content, Context(1, 2, {}, RecordDict(), {}))
