@@ -96,7 +96,8 @@ def test_only_the_papers_block_under_adam_has_factors(
     # `of_family` makes this shape twice as wide as its proxy.
     assert found == ({1.0, 0.5} if (family, optimizer) == ("fomoe", "adamw") else {1.0})
     held = [id(p) for group in groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    # A block without shared experts has matrices of no elements; nothing trains those.
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.numel())
 
 
 def test_an_adam_step_moves_each_parameter_by_its_own_rate(

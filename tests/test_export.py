@@ -201,17 +201,15 @@ def test_sample_continues_the_prompt_and_depends_on_the_seed_alone(
 def test_report_prints_the_table_and_draws_the_plots_again(
     finished: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    drawn = sorted(path.name for path in finished.plots.iterdir())
+    assert {"layout.png", "loss.png", "routing.png"} <= set(drawn)
     for path in finished.plots.iterdir():
         path.unlink()
     assert main(["report", str(finished.path)]) == 0
     printed = capsys.readouterr().out
     assert f"{finished.read_metrics()[-1]['eval/loss']:.4f}" in printed
     assert str(finished.export) in printed
-    assert sorted(path.name for path in finished.plots.iterdir()) == [
-        "layout.png",
-        "loss.png",
-        "routing.png",
-    ]
+    assert sorted(path.name for path in finished.plots.iterdir()) == drawn
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample", "export", "report"])
