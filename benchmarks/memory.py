@@ -37,7 +37,7 @@ from fomoe_flwr.config import (
     ModelSettings,
     Settings,
 )
-from fomoe_flwr.costs import activations, parameter_counts
+from fomoe_flwr.costs import activations, memory_bytes, parameter_counts
 from fomoe_flwr.model import head_loss
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
@@ -103,7 +103,7 @@ CPU_CASES = {
     ),
 }
 _LARGE = _shape(
-    num_layers=16,
+    num_layers=6,
     hidden_size=1024,
     expert_size=512,
     num_heads=16,
@@ -112,18 +112,21 @@ _LARGE = _shape(
     top_k=8,
     vocab_size=50304,
 )
+
+
+def _on_gpu(precision: str, **execution: Any) -> Case:
+    local = replace(LocalSettings(), precision=precision, device="cuda")
+    return Case(_LARGE, 8, 1024, ExecutionSettings(**execution), local)
+
+
 CUDA_CASES = {
-    f"olmoe 1.9B {precision}{' checkpointed' * checkpointed}, compile {compiled}": Case(
-        _LARGE,
-        4,
-        1024,
-        ExecutionSettings(compile=compiled, checkpoint_activations=checkpointed),
-        replace(LocalSettings(), precision=precision, device="cuda"),
-    )
-    for precision in ("float32", "bfloat16")
-    for checkpointed in (False, True)
-    for compiled in ("off", "on")
+    "float32": _on_gpu("float32"),
+    "bfloat16": _on_gpu("bfloat16"),
+    "bfloat16, nothing compiled": _on_gpu("bfloat16", compile="off"),
+    "bfloat16, checkpointed": _on_gpu("bfloat16", checkpoint_activations=True),
+    "bfloat16_parameters": _on_gpu("bfloat16_parameters"),
 }
+"""All with a shape of 0.7 billion parameters, 8 x 1024 tokens."""
 
 
 class RandomTokens:
@@ -165,12 +168,18 @@ def train(case: Case, share: float, folder: Path, server_round: int) -> float:
         worker=0,
         server_round=server_round,
         residents=residents,
-        shared=torch.randn(spec.shared_size, generator=generator).mul_(0.02),
-        experts=torch.randn(spec.experts_size(residents), generator=generator).mul_(0.02),
+        shared=_weights(spec.shared_size, generator),
+        experts=_weights(spec.experts_size(residents), generator),
         state_dir=folder,
     )
     result = run_round(task, lambda position: RandomTokens(case))
     return 1.0 - result.report.routing.ghost_fraction
+
+
+def _weights(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Return random weights that repeat after a million: drawing billions takes minutes."""
+    block = torch.randn(min(count, 1_000_003), generator=generator).mul_(0.02)
+    return block.repeat(-(-count // len(block)))[:count]
 
 
 def measure(case: Case, share: float) -> dict[str, float]:
@@ -219,7 +228,7 @@ def predict(
     return {
         "parameters": held,
         "resident_share": round(resident_share, 3),
-        "state_bytes": 16 * held,
+        "state_bytes": memory_bytes(held, "adamw", case.local.precision),
         "kept_bytes": round(activations.kept_bytes(model, step)),
         "predicted_bytes": activations.peak_bytes(model, "adamw", held, step) + received,
     }

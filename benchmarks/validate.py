@@ -252,7 +252,7 @@ def check_memory() -> Iterable[Row]:
         settings = settings_of(f"{words} local.steps=1")
         layout = first_layout(settings)
         held = costs.resident_counts(settings.model, layout)[0]
-        told = costs.memory_bytes(held, settings.local.optimizer)
+        told = costs.memory_bytes(held, settings.local.optimizer, settings.local.precision)
         found = json.loads(
             subprocess.run(
                 [sys.executable, __file__, "--measure-memory", words],

@@ -55,7 +55,7 @@ class WorkerTeam:
                     "folder": str(folder),
                     "device": device,
                     "parallel": local.parallel,
-                    "state_bytes": memory_bytes(size, local.optimizer),
+                    "state_bytes": memory_bytes(size, local.optimizer, local.precision),
                     "threads": max(1, (local.threads or torch.get_num_threads()) // count),
                     "timeout_seconds": TIMEOUT_SECONDS,
                 }

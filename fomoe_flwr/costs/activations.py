@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from fomoe_flwr.config import ModelSettings
-from fomoe_flwr.costs.memory import memory_bytes
+from fomoe_flwr.costs.memory import WEIGHT_BYTES, memory_bytes
 from fomoe_flwr.shapes import head_size, latent_sizes
 
 _FP32, _BF16 = 4, 2
@@ -77,14 +77,15 @@ def peak_bytes(model: ModelSettings, optimizer: str, num_parameters: int, step: 
     A step has its peak where backward begins, with all that layers kept and the logits, or where it
     ends, with all gradients. `num_parameters` are those that the worker holds.
     """
-    state = memory_bytes(num_parameters, optimizer)
-    gradients = _FP32 * num_parameters
+    state = memory_bytes(num_parameters, optimizer, step.precision)
+    weight = WEIGHT_BYTES[step.precision]
+    gradients = weight * num_parameters
     kept = kept_bytes(model, step)
     held = state if step.accumulates else state - gradients
     if step.precision == "bfloat16":
         # Autocast's copies of the weights live as long as the pass.
         held += _BF16 * num_parameters
-    head = _FP32 * model.vocab_size * model.hidden_size
+    head = weight * model.vocab_size * model.hidden_size
     deepest = _layer_work(model, step)
     moments = (
         held + kept + _head_work(model, step),
@@ -99,7 +100,7 @@ def peak_bytes(model: ModelSettings, optimizer: str, num_parameters: int, step: 
 def activation_bytes(model: ModelSettings, optimizer: str, num_parameters: int, step: Step) -> int:
     """Return what the peak adds to `memory_bytes`, the state with all gradients."""
     peak = peak_bytes(model, optimizer, num_parameters, step)
-    return peak - memory_bytes(num_parameters, optimizer)
+    return peak - memory_bytes(num_parameters, optimizer, step.precision)
 
 
 def _layer(model: ModelSettings, step: Step) -> _Kept:

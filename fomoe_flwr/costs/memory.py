@@ -14,24 +14,28 @@ from fomoe_flwr.synchronisation import MOMENTS
 
 STATE_BYTES = {"adamw": 16, "sgd": 8}
 """fp32 training state, bytes a parameter: weight and gradient, and for AdamW its two moments."""
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 4, "bfloat16_parameters": 2}
+"""Bytes of a weight by `local.precision`; its gradient and moments are of the same type."""
 
 
-def memory_bytes(num_parameters: int, optimizer: str) -> int:
+def memory_bytes(num_parameters: int, optimizer: str, precision: str = "float32") -> int:
     """Return a worker's training state in bytes; ghosts are not held, so they cost nothing.
 
-    Activations come on top. `optimizer` is a name that `local.optimizer` takes.
+    Activations come on top. `optimizer` and `precision` are what `local.optimizer` and
+    `local.precision` take.
     """
     if optimizer not in STATE_BYTES:
         raise SettingsError(
             f"local.optimizer={optimizer} has no cost model: it is not one of "
             f"{', '.join(STATE_BYTES)}"
         )
-    return num_parameters * STATE_BYTES[optimizer]
+    return num_parameters * STATE_BYTES[optimizer] * WEIGHT_BYTES[precision] // 4
 
 
 def state_bytes(settings: Settings) -> float:
     """Return the bytes of training state a parameter: `costs.bytes_per_parameter` or our own."""
-    return settings.costs.bytes_per_parameter or memory_bytes(1, settings.local.optimizer)
+    local = settings.local
+    return settings.costs.bytes_per_parameter or memory_bytes(1, local.optimizer, local.precision)
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,14 @@ def expert_room(settings: Settings, capacity_gib: Sequence[float]) -> tuple[int,
             raise SettingsError(
                 f"layout.capacity_gib[{worker}]={gib} is out of range: it must be finite and > 0"
             )
-    counts, optimizer = parameter_counts(settings.model), settings.local.optimizer
+    counts, local = parameter_counts(settings.model), settings.local
     per_expert = counts.per_expert_per_layer * settings.model.num_layers
+    shared_bytes, expert_bytes = (
+        memory_bytes(count, local.optimizer, local.precision)
+        for count in (counts.shared, per_expert)
+    )
     return tuple(
-        math.floor(
-            (gib * 2**30 - memory_bytes(counts.shared, optimizer))
-            / memory_bytes(per_expert, optimizer)
-        )
-        for gib in capacity_gib
+        math.floor((gib * 2**30 - shared_bytes) / expert_bytes) for gib in capacity_gib
     )
 
 

@@ -16,6 +16,7 @@ def _rows_kernel(
     target,
     losses,
     num_columns,
+    row_stride,
     multiplier,
     grad_scale,
     HAS_GRADIENT: tl.constexpr,
@@ -23,7 +24,7 @@ def _rows_kernel(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    first = logits + row * num_columns
+    first = logits + row * row_stride
     goal = tl.load(target + row)
     highest = tl.full((COLUMNS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
@@ -42,8 +43,9 @@ def _rows_kernel(
     chosen = tl.load(first + goal).to(tl.float32) * multiplier
     tl.store(losses + row, log_total - chosen)
     if HAS_GRADIENT:
-        for block in range(BLOCKS):
-            column = block * COLUMNS + tl.arange(0, COLUMNS)
+        # Backwards, since the cache has the end of the row.
+        for back in range(BLOCKS):
+            column = (BLOCKS - 1 - back) * COLUMNS + tl.arange(0, COLUMNS)
             mask = column < num_columns
             value = tl.load(first + column, mask=mask, other=0.0).to(tl.float32) * multiplier
             gradient = tl.exp(value - log_total)
@@ -54,7 +56,10 @@ def _rows_kernel(
 def cross_entropy_rows(
     logits_CV: Tensor, target_C: Tensor, multiplier: float, grad_scale: float, in_place: bool
 ) -> Tensor:
-    """Return each row's loss in fp32; with `in_place` overwrite the logits by their gradient."""
+    """Return each row's loss in fp32; with `in_place` overwrite the logits by their gradient.
+
+    Rows may lie further apart than they are long.
+    """
     num_rows, num_columns = logits_CV.shape
     losses_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
     columns = min(_COLUMNS, triton.next_power_of_2(num_columns))
@@ -63,11 +68,12 @@ def cross_entropy_rows(
         target_C.contiguous(),
         losses_C,
         num_columns,
+        logits_CV.stride(0),
         multiplier,
         grad_scale,
         in_place,
         triton.cdiv(num_columns, columns),
         columns,
-        num_warps=8,
+        num_warps=max(1, columns // 128),
     )
     return losses_C

@@ -24,6 +24,8 @@ except ImportError:  # torch for a CPU comes without Triton
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """Logits of a chunk. On a CPU small enough for its passes to hit the cache, large enough for fast
 products; on a GPU large enough to fill it."""
+_GPU_COLUMNS = 64
+"""Rows of logits start at multiples of so many: a GPU's fast products want aligned rows."""
 
 
 def head_loss(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, multiplier: float) -> Tensor:
@@ -52,6 +54,10 @@ class _HeadLoss(torch.autograd.Function):
         needs_gradient: bool,
     ) -> Tensor:
         num_tokens, device = len(hidden_TD), hidden_TD.device
+        vocab_size, head_dtype = len(head_VD), head_VD.dtype
+        if device.type == "cuda" and vocab_size % _GPU_COLUMNS:
+            # Rows of zeros give logits that are zero, and stay so: they add nothing to a gradient.
+            head_VD = F.pad(head_VD, (0, 0, 0, -vocab_size % _GPU_COLUMNS))
         losses_T = torch.empty(num_tokens, dtype=torch.float32, device=device)
         hidden_grad_TD = torch.empty_like(hidden_TD) if needs_gradient else None
         head_grad_VD = None
@@ -62,7 +68,11 @@ class _HeadLoss(torch.autograd.Function):
             hidden_CD = hidden_TD[part]
             logits_CV = hidden_CD @ head_VD.t()
             losses_T[part] = _cross_entropy_rows(
-                logits_CV, target_T[part], multiplier, multiplier / num_tokens, needs_gradient
+                logits_CV[:, :vocab_size],
+                target_T[part],
+                multiplier,
+                multiplier / num_tokens,
+                needs_gradient,
             )
             if hidden_grad_TD is None:
                 continue
@@ -74,11 +84,8 @@ class _HeadLoss(torch.autograd.Function):
                 dtype = torch.float32 if is_sum else head_VD.dtype
                 head_grad_VD = torch.zeros(head_VD.shape, dtype=dtype, device=device)
             _add_product(head_grad_VD, logits_CV.t(), hidden_CD)
-        ctx.hidden_grad_TD, ctx.head_grad_VD, ctx.head_dtype = (
-            hidden_grad_TD,
-            head_grad_VD,
-            head_VD.dtype,
-        )
+        ctx.hidden_grad_TD, ctx.head_dtype = hidden_grad_TD, head_dtype
+        ctx.head_grad_VD = None if head_grad_VD is None else head_grad_VD[:vocab_size]
         return losses_T.mean()
 
     @staticmethod
@@ -119,5 +126,7 @@ def _cross_entropy_rows(
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b

@@ -61,10 +61,13 @@ def test_types(dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [50304, 50259])
 @pytest.mark.parametrize("chunk_rows", [16, 1000])
-def test_bfloat16_on_a_gpu(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(subject._CHUNK_BYTES, "cuda", chunk_rows * 50304 * 2)
-    assert_equal_to_reference(inputs(256, 64, 50304), 1.0, "cuda", torch.bfloat16, 2e-2)
+def test_bfloat16_on_a_gpu(
+    chunk_rows: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(subject._CHUNK_BYTES, "cuda", chunk_rows * vocabulary * 2)
+    assert_equal_to_reference(inputs(256, 64, vocabulary), 1.0, "cuda", torch.bfloat16, 2e-2)
 
 
 @settings(max_examples=30, deadline=None)
