@@ -223,6 +223,7 @@ def predict(
         head_loss._CHUNK_BYTES[device.type] if execution.chunked_loss else 0,
         execution.checkpoint_activations,
         case.local.accumulate > 1,
+        execution.compiled,
     )
     received = 4 * held if device.type == "cpu" else 0
     return {

@@ -1,7 +1,7 @@
 """Memory of a training step beyond the weights: what layers keep for backward, and its peak.
 
-Counted tensor by tensor for the stock classes as they run without compilation, whose fused kernels
-keep less. All sizes are bytes.
+Counted tensor by tensor for the stock classes. Compiled norms keep their input and compute the
+rest again. All sizes are bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.costs.counts import parameter_counts
 from fomoe_flwr.costs.memory import WEIGHT_BYTES, memory_bytes
 from fomoe_flwr.shapes import head_size, latent_sizes
 
@@ -38,6 +39,8 @@ class Step:
     """Only the inputs of layers are kept."""
     accumulates: bool = False
     """Gradients of earlier micro-batches are there already."""
+    compiled: bool = False
+    """Norms and attention are compiled, as they are on a GPU."""
     flash_attention: bool = True
     """False: attention keeps its probabilities, as latent attention does on a CPU."""
 
@@ -87,7 +90,15 @@ def peak_bytes(model: ModelSettings, optimizer: str, num_parameters: int, step: 
         held += _BF16 * num_parameters
     head = weight * model.vocab_size * model.hidden_size
     deepest = _layer_work(model, step)
+    # In the first layer, the last that backward comes to, with all gradients but its experts'.
+    missing = (gradients - weight * parameter_counts(model).shared) / model.num_layers
+    if step.checkpointed:  # its activations, computed again, are in `deepest`
+        first = state - missing + deepest
+    else:
+        layer = step.num_tokens * _layer(model, step).bytes(step.precision)
+        first = state - missing + layer + deepest
     moments = (
+        first,
         held + kept + _head_work(model, step),
         held + kept + (0 if step.accumulates else head) + deepest,
         # The embedding's gradient is made whole before it is added to a tied head's.
@@ -114,9 +125,10 @@ def _layer(model: ModelSettings, step: Step) -> _Kept:
     post_norms = 2 if model.family == "fomoe" else 0
     # Scores, and probabilities and logits for the balance losses; choices and weights; dispatch.
     router = 3 * experts + (_ID + 2) * top_k + 2 + (_ID + 1) * top_k + _ID * rows
+    copies = 1 if step.compiled else 2
     return _Kept(
         typed=attention.typed + rows * inner + shared + norms * hidden,
-        fp32=attention.fp32 + (norms + post_norms) * (2 * hidden + 1) + router,
+        fp32=attention.fp32 + (norms + post_norms) * (copies * hidden + 1) + router,
     )
 
 
@@ -124,14 +136,13 @@ def _attention(model: ModelSettings, step: Step) -> _Kept:
     head = head_size(model)
     query, key = model.num_heads * head, model.num_kv_heads * head
     outputs = 2 if model.family in _SEPARATE_OUTPUT else 1
-    normed: dict[str, float] = {
-        "olmoe": 2 * (query + key) + 2,
-        "qwen3_moe": 2 * (query + key) + model.num_heads + model.num_kv_heads,
-    }
+    # Of norms of queries and keys: what they keep, and one number for each vector they scale.
+    vectors = {"olmoe": 2, "qwen3_moe": model.num_heads + model.num_kv_heads}.get(model.family, 0)
+    normed = (query + key) if vectors else 0
     scores = model.num_heads * (1 if step.flash_attention else step.sequence_length)
     return _Kept(
-        typed=query + 2 * key + outputs * query,
-        fp32=normed.get(model.family, 0.0) + scores,
+        typed=query + 2 * key + outputs * query + (normed if step.compiled else 0),
+        fp32=vectors + (0 if step.compiled else 2 * normed) + scores,
     )
 
 

@@ -91,9 +91,7 @@ def expert_room(settings: Settings, capacity_gib: Sequence[float]) -> tuple[int,
         memory_bytes(count, local.optimizer, local.precision)
         for count in (counts.shared, per_expert)
     )
-    return tuple(
-        math.floor((gib * 2**30 - shared_bytes) / expert_bytes) for gib in capacity_gib
-    )
+    return tuple(math.floor((gib * 2**30 - shared_bytes) / expert_bytes) for gib in capacity_gib)
 
 
 def layout_context(settings: Settings) -> LayoutContext:
