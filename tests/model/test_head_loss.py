@@ -40,10 +40,14 @@ def assert_equal_to_reference(
     assert loss.dtype is torch.float32
     (3 * loss).backward()
     assert apart(loss, want) < tolerance
-    for mine, reference in zip(ours, exact, strict=True):
+    for mine, reference, other in zip(ours, exact, exact[::-1], strict=True):
         assert mine.grad is not None
         assert mine.grad.dtype is dtype
-        assert apart(mine.grad, reference.grad) < tolerance
+        # A token that is nearly certain has the gradient p - 1: what is left of p's rounding there
+        # is not small beside the gradient, but beside the weights that multiply it.
+        rounding = 4 * torch.finfo(torch.float32).eps * 3 * multiplier * other.detach().norm()
+        error = (mine.grad.double().cpu() - reference.grad).norm()
+        assert error < tolerance * reference.grad.norm() + rounding
 
 
 @pytest.mark.parametrize("device", DEVICES)
