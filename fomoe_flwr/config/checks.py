@@ -159,6 +159,11 @@ def _check_partitioned(settings: Settings) -> None:
 
 def _check_outer(settings: Settings) -> None:
     outer, local = settings.outer, settings.local
+    if 0 < outer.clip_to_median < 1:
+        raise SettingsError(
+            f"outer.clip_to_median={outer.clip_to_median} must be 0 or >= 1: "
+            "below 1 it would shrink the median reply itself"
+        )
     if outer.name in ("local_adamw", "des_loc"):
         if local.optimizer != "adamw":
             raise SettingsError(
@@ -221,6 +226,11 @@ def _check_privacy(settings: Settings) -> None:
                 f"privacy.clip_norm={privacy.clip_norm} needs {key} to be {' or '.join(allowed)} "
                 f"(got {value}): what it takes from workers is not clipped"
             )
+    if settings.outer.clip_to_median:
+        raise SettingsError(
+            f"outer.clip_to_median={settings.outer.clip_to_median} must be 0 with "
+            f"privacy.clip_norm={privacy.clip_norm}: medians of unclipped replies would leak"
+        )
     if settings.layout.kind == "balanced":
         raise SettingsError(
             f"privacy.clip_norm={privacy.clip_norm} needs another layout.kind than balanced: "

@@ -191,6 +191,9 @@ class OuterSettings:
     sqrt_holders: bool = False
     """Multiply every averaged pseudo-gradient by the square root of its replies (DiPaCo)."""
     weighting: str = _choice("tokens", "tokens", "uniform", "routed")
+    clip_to_median: float = _number(0.0, at_least=0)
+    """A reply larger than so many times the median of the replies before is scaled down to that; 0
+    believes all sizes."""
     router_rows: str = _choice("all", "all", "holders")
     """In `skip_token`: average a router row over all workers (paper) or its expert's holders."""
     first_moment_every: int = _number(3, at_least=1)

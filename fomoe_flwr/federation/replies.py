@@ -20,6 +20,7 @@ from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import State, StateSpec
+from fomoe_flwr.norm_limits import NormLimits
 from fomoe_flwr.outer import OuterStep
 from fomoe_flwr.privacy import NoiseSource, add_noise, clip
 from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
@@ -44,10 +45,13 @@ class Reply:
 class RoundMeans:
     """Running means over holders of all that the replies of one round carry."""
 
-    def __init__(self, settings: Settings, spec: StateSpec, server_round: int) -> None:
+    def __init__(
+        self, settings: Settings, spec: StateSpec, server_round: int, limits: NormLimits
+    ) -> None:
         outer, self.privacy = settings.outer, settings.privacy
-        self.server_round = server_round
-        part = spec.fragment(fragment_of_round(outer, server_round), outer.fragments)
+        self.server_round, self.limits = server_round, limits
+        self.fragment = fragment_of_round(outer, server_round)
+        part = spec.fragment(self.fragment, outer.fragments)
         self.weighting = outer.weighting
         self.gradient = HolderMean(part, outer.router_rows)
         self.moments = {
@@ -60,19 +64,25 @@ class RoundMeans:
         """Means by the name that their vectors have on the wire."""
         return {wire.PSEUDO_GRADIENT: self.gradient, **self.moments}
 
-    def fold(self, reply: Reply) -> None:
-        """Add a reply with the weight that `outer.weighting` gives it."""
+    def fold(self, reply: Reply) -> bool:
+        """Add a reply with the weight that `outer.weighting` gives it.
+
+        Returns whether it was scaled down to what `outer.clip_to_median` allows.
+        """
         weight = 1.0 if self.weighting == "uniform" else reply.metrics["tokens"]
         expert_weights = None
         if self.weighting == "routed":
             expert_weights = [
                 reply.counts.load[layer][list(held)] for layer, held in enumerate(reply.residents)
             ]
+        is_clipped = False
         for name, mean in self.by_name.items():
-            vectors = reply.vectors[name]
+            vectors, is_too_large = self.limits.fit(f"{name}/{self.fragment}", reply.vectors[name])
+            is_clipped |= is_too_large
             if self.privacy.clip_norm:
                 vectors = clip(*vectors, self.privacy.clip_norm)
             mean.fold(*vectors, reply.residents, weight, expert_weights)
+        return is_clipped
 
     def step(self, outer: OuterStep, state: State) -> None:
         """Take the outer step with these means; `state` is updated in place."""

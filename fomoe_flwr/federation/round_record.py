@@ -49,6 +49,8 @@ class RoundRecord:
     """(layer, expert) pairs that nobody returned: value and outer state kept."""
     late_replies: int = 0
     """Replies to tasks of earlier rounds that came, and were dropped, during this one."""
+    clipped: set[int] = field(default_factory=set)
+    """Workers whose reply was scaled down to what the others' allow."""
     rejoined: set[int] = field(default_factory=set)
     """Workers whose reply counts in this round but did not in the one before."""
     configure_seconds: float = 0.0

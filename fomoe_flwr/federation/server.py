@@ -315,6 +315,7 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "round/fresh_inner_states": int(sum(reply.get("fresh_state", 0) for reply in replies)),
         "round/participants": sorted(record.replies),
         "round/late_replies": record.late_replies,
+        "round/clipped": sorted(record.clipped),
         "round/rejoined": sorted(record.rejoined),
         "round/rejoined_fresh": sum(
             bool(record.replies[worker].get("fresh_state", 0)) for worker in record.rejoined

@@ -33,6 +33,7 @@ from fomoe_flwr.federation.waiting import Waiting
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.layout import Layout, Rehomed, check_layout, draw_layout, settle
 from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.norm_limits import NormLimits
 from fomoe_flwr.outer import OuterStep
 
 
@@ -84,6 +85,7 @@ class FoMoEStrategy(Strategy):
         self._tasks = TaskWriter(settings, spec, state, outer, identity, probe)
         self._reader = ReplyReader(settings, spec, probe)
         self._ledger = open_ledger(settings)
+        self._limits = NormLimits(settings.outer.clip_to_median)
         layout = settings.layout
         self._memory = Memory(
             layout_context(settings), Attendance(layout.num_workers, layout.rehome_after)
@@ -306,7 +308,7 @@ class FoMoEStrategy(Strategy):
         """
         started = time.monotonic()
         record = self._round
-        means = RoundMeans(self.settings, self.spec, server_round)
+        means = RoundMeans(self.settings, self.spec, server_round, self._limits)
         for message in replies:
             worker = self._waiting.sent.get(message.metadata.reply_to_message_id, -1)
             if worker in record.replies or worker < 0:
@@ -334,6 +336,7 @@ class FoMoEStrategy(Strategy):
         record.disagreement = means.gradient.disagreement()
         record.copies = means.gradient.expert_count
         means.step(self.outer, self.state)
+        self._limits.close_round()
         if server_round > 1:
             record.rejoined = set(record.replies) - self._memory.current
         if self._ledger is not None:
@@ -357,11 +360,13 @@ class FoMoEStrategy(Strategy):
     def memory(self) -> dict[str, Any]:
         """Return what the strategy remembers between rounds, JSON-able, for a checkpoint."""
         ledger = None if self._ledger is None else self._ledger.to_json()
-        return {**self._memory.to_json(), "privacy": ledger}
+        limits = self._limits.to_json()
+        return {**self._memory.to_json(), "privacy": ledger, "norm_limits": limits}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Take the memory of a checkpoint."""
         self._memory = Memory.from_json(memory, self.settings.layout)
+        self._limits.restore(memory["norm_limits"])
         if self._ledger is not None:
             self._ledger.restore(memory["privacy"])
 
@@ -371,6 +376,8 @@ class FoMoEStrategy(Strategy):
         if message.has_content():
             record.up.add(message.content)
         reply = self._reader.read(message, worker, record.server_round, record.layout, means)
-        means.fold(reply)
+        if means.fold(reply):
+            record.clipped.add(worker)
+            log(WARNING, "round %s: worker %s is too large and scaled", record.server_round, worker)
         record.take(worker, reply)
         record.fold_seconds += time.monotonic() - started

@@ -446,6 +446,44 @@ def test_a_round_goes_on_without_a_worker_whose_reply_is_lost_or_spoilt(
         assert bool(before.momentum[entry.key][held].ne(0).any())
 
 
+@pytest.mark.usefixtures("quick_workers")
+def test_a_reply_far_larger_than_the_others_counts_like_the_largest_that_may_be(
+    make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    def blow_up(request: Message, reply: Message, grid: WatchedGrid) -> list[Message]:
+        shared, experts, _ = grid.watch.of(BAD_ROUND, BAD).update(settings, federation.spec)
+        larger = {"shared": 1e6 * shared, "experts": 1e3 * experts}
+        encoded = {key: wire.encode(vector, "float32") for key, vector in larger.items()}
+        return with_arrays(request, reply, lambda arrays: arrays | encoded)
+
+    settings = make_settings("rounds=2", "outer=nesterov", "outer.clip_to_median=2")
+    federation, grid = Federation(settings), WatchedGrid(tmp_path, tamper=blow_up)
+    before, after = federation.run(grid)
+    assert (before.record.clipped, after.record.clipped) == (set(), {BAD})
+    assert after.record.failures == {}
+
+    def updates(server_round: int) -> dict[int, tuple[Tensor, Tensor, float]]:
+        return {
+            worker: grid.watch.of(server_round, worker).update(settings, federation.spec)
+            for worker in range(WORKERS)
+        }
+
+    def rms(vector: Tensor) -> Tensor:
+        return vector.double().square().mean().sqrt()
+
+    limits = [
+        2 * torch.stack([rms(update[part]) for update in updates(1).values()]).median()
+        for part in (0, 1)
+    ]
+    counted = updates(BAD_ROUND)
+    shared, experts, tokens = counted[BAD]
+    counted[BAD] = (shared * limits[0] / rms(shared), experts * limits[1] / rms(experts), tokens)
+    state, momentum = expected_state(federation, before, counted)
+    for key in after.state:
+        torch.testing.assert_close(after.state[key].double(), state[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(after.momentum[key].double(), momentum[key], rtol=0, atol=1e-6)
+
+
 def test_a_reply_that_arrives_twice_counts_once(
     make_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
