@@ -207,6 +207,7 @@ def _part_sizes(
     resident_counts(model, layout)  # refuses a layout of another model
     shared = [[0, 0] for _ in range(num_fragments)]
     held = [[[0, 0] for _ in range(num_fragments)] for _ in range(layout.num_workers)]
+    holders = [_by_count(of_workers) for of_workers in layout.residents]
     for kind, shapes in enumerate((parameter_shapes(model), buffer_shapes(model))):
         for key, shape in shapes.items():
             row_size = math.prod(shape[1:])
@@ -215,14 +216,11 @@ def _part_sizes(
                     start, stop = fragment_rows(key, shape[0], fragment, num_fragments)
                     count[kind] += (stop - start) * row_size
                 continue
-            # Workers are many, the numbers of experts that they hold few.
-            num_held = [len(experts) for experts in layout.residents[layer_of(key)]]
-            for rows in set(num_held):
+            for rows, workers in holders[layer_of(key)].items():
                 cuts = [fragment_rows(key, rows, f, num_fragments) for f in range(num_fragments)]
-                for worker, parts in enumerate(held):
-                    if num_held[worker] == rows:
-                        for fragment, (start, stop) in enumerate(cuts):
-                            parts[fragment][kind] += (stop - start) * row_size
+                for worker in workers:
+                    for fragment, (start, stop) in enumerate(cuts):
+                        held[worker][fragment][kind] += (stop - start) * row_size
     return [
         tuple(
             _PartSize(_KindSize(*all_of), _KindSize(*own))
@@ -230,6 +228,14 @@ def _part_sizes(
         )
         for parts in held
     ]
+
+
+def _by_count(residents_of_workers: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Group workers by how many experts of a layer they hold: workers are many, numbers few."""
+    groups: dict[int, list[int]] = {}
+    for worker, experts in enumerate(residents_of_workers):
+        groups.setdefault(len(experts), []).append(worker)
+    return groups
 
 
 def _round_bytes(
