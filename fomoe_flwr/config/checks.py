@@ -159,6 +159,11 @@ def _check_partitioned(settings: Settings) -> None:
 
 def _check_outer(settings: Settings) -> None:
     outer, local = settings.outer, settings.local
+    if outer.robust != "none" and outer.weighting != "uniform":
+        raise SettingsError(
+            f"outer.robust={outer.robust} weighs all replies alike: outer.weighting="
+            f"{outer.weighting} must be uniform"
+        )
     if 0 < outer.clip_to_median < 1:
         raise SettingsError(
             f"outer.clip_to_median={outer.clip_to_median} must be 0 or >= 1: "
@@ -226,6 +231,11 @@ def _check_privacy(settings: Settings) -> None:
                 f"privacy.clip_norm={privacy.clip_norm} needs {key} to be {' or '.join(allowed)} "
                 f"(got {value}): what it takes from workers is not clipped"
             )
+    if settings.outer.robust != "none":
+        raise SettingsError(
+            f"outer.robust={settings.outer.robust} must be none with privacy.clip_norm="
+            f"{privacy.clip_norm}: the noise is made for a mean"
+        )
     if settings.outer.clip_to_median:
         raise SettingsError(
             f"outer.clip_to_median={settings.outer.clip_to_median} must be 0 with "

@@ -191,6 +191,10 @@ class OuterSettings:
     sqrt_holders: bool = False
     """Multiply every averaged pseudo-gradient by the square root of its replies (DiPaCo)."""
     weighting: str = _choice("tokens", "tokens", "uniform", "routed")
+    robust: str = _choice("none", "none", "trimmed_mean", "median")
+    """Number by number over holders, in place of the mean; replies wait on the server's disk."""
+    trim: float = _number(0.25, above=0, below=0.5)
+    """Share of copies that `trimmed_mean` leaves out at either end, rounded down."""
     clip_to_median: float = _number(0.0, at_least=0)
     """A reply larger than so many times the median of the replies before is scaled down to that; 0
     believes all sizes."""

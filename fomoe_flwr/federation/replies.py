@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from flwr.app import Message
 from torch import Tensor
@@ -23,6 +24,7 @@ from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.norm_limits import NormLimits
 from fomoe_flwr.outer import OuterStep
 from fomoe_flwr.privacy import NoiseSource, add_noise, clip
+from fomoe_flwr.robust_mean import RobustMean
 from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
 
 REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction", "grad_norm", "lr")
@@ -53,9 +55,9 @@ class RoundMeans:
         self.fragment = fragment_of_round(outer, server_round)
         part = spec.fragment(self.fragment, outer.fragments)
         self.weighting = outer.weighting
-        self.gradient = HolderMean(part, outer.router_rows)
+        self.gradient = _mean(settings, part)
         self.moments = {
-            name: HolderMean(part.parameters(), outer.router_rows)
+            name: _mean(settings, part.parameters())
             for name in moments_of_round(outer, server_round)
         }
 
@@ -86,6 +88,9 @@ class RoundMeans:
 
     def step(self, outer: OuterStep, state: State) -> None:
         """Take the outer step with these means; `state` is updated in place."""
+        for mean in self.by_name.values():
+            if isinstance(mean, RobustMean):
+                mean.settle()
         if self.privacy.noise_multiplier:
             std = self.privacy.noise_multiplier * self.privacy.clip_norm
             add_noise(self.gradient, std, self._noise())
@@ -98,6 +103,14 @@ class RoundMeans:
         if seed < 0:
             return NoiseSource()
         return NoiseSource(hashlib.sha256(f"{seed}/{self.server_round}".encode()).digest())
+
+
+def _mean(settings: Settings, spec: StateSpec) -> HolderMean:
+    outer = settings.outer
+    if outer.robust == "none":
+        return HolderMean(spec, outer.router_rows)
+    trim = 0.5 if outer.robust == "median" else outer.trim
+    return RobustMean(spec, outer.router_rows, trim, Path(settings.output_dir))
 
 
 class ReplyReader:

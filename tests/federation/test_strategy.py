@@ -484,6 +484,39 @@ def test_a_reply_far_larger_than_the_others_counts_like_the_largest_that_may_be(
         torch.testing.assert_close(after.momentum[key].double(), momentum[key], rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("quick_workers")
+def test_the_median_of_three_holders_outvotes_one_that_lies(
+    make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    def lie(request: Message, reply: Message, grid: WatchedGrid) -> list[Message]:
+        shared, experts, _ = grid.watch.of(BAD_ROUND, BAD).update(settings, federation.spec)
+        encoded = {
+            key: wire.encode(-1e9 * vector, "float32")
+            for key, vector in {"shared": shared, "experts": experts}.items()
+        }
+        return with_arrays(request, reply, lambda arrays: arrays | encoded)
+
+    settings = make_settings(
+        "rounds=2", "outer.robust=median", "outer.weighting=uniform", f"layout.overlap={WORKERS}"
+    )
+    federation, grid = Federation(settings), WatchedGrid(tmp_path, tamper=lie)
+    before, after = federation.run(grid)
+    assert after.record.failures == {}
+    everything = after.record.layout.of_worker(BAD)
+    sent = [
+        grid.watch.of(BAD_ROUND, worker).update(settings, federation.spec)
+        for worker in range(WORKERS)
+    ]
+    sent[BAD] = (-1e9 * sent[BAD][0], -1e9 * sent[BAD][1], sent[BAD][2])
+    spec = federation.spec
+    step = spec.split_shared(torch.stack([shared for shared, _, _ in sent]).median(0).values)
+    step |= spec.split_experts(
+        torch.stack([experts for _, experts, _ in sent]).median(0).values, everything
+    )
+    for key, value in after.state.items():
+        torch.testing.assert_close(value, before.state[key] - step[key], rtol=0, atol=1e-6)
+
+
 def test_a_reply_that_arrives_twice_counts_once(
     make_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
