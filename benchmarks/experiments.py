@@ -4,6 +4,7 @@
     python benchmarks/experiments.py --only photon --only fomoe-half --jobs 2 preset=tiny
     python benchmarks/experiments.py --from-json results/demo.json --readme
     python benchmarks/experiments.py --series layouts --seeds 3 rounds=8
+    python benchmarks/experiments.py --series codecs rounds=8 local.steps=8
     python benchmarks/experiments.py --series routing --seeds 3 --plot routing.png rounds=8
 
 Anything after the options is a Hydra override for every run. Runs go to `--root` and are skipped
@@ -47,9 +48,26 @@ EXPERIMENTS = {
     "fomoe-single-random": ["experiment=fomoe", "layout=random", "layout.overlap=1"],
     "fomoe-single-rolling": ["experiment=fomoe", "layout=rolling", "layout.overlap=1"],
 }
+CODECS = {
+    "up-bfloat16": ["wire.up=bfloat16"],
+    "up-int8": ["wire.up=int8"],
+    "up-int4": ["wire.up=int4"],
+    "up-int4-no-feedback": ["wire.up=int4", "wire.feedback=0"],
+    "up-topk-bfloat16": ["wire.up=topk_bfloat16"],
+    "up-topk-int2": ["wire.up=topk_int2"],
+    "up-topk-int2-no-feedback": ["wire.up=topk_int2", "wire.feedback=0"],
+    "both-bfloat16": ["wire.up=bfloat16", "wire.down=bfloat16"],
+    "up-int4-down-int8": ["wire.up=int4", "wire.down=int8"],
+}
+EXPERIMENTS |= {
+    name: ["experiment=fomoe", "layout.overlap=2", *words] for name, words in CODECS.items()
+}
 LAYOUTS = ("", "-random", "-rolling")
 SERIES = {
-    "baselines": [name for name in EXPERIMENTS if not name.endswith(LAYOUTS[1:])],
+    "baselines": [
+        name for name in EXPERIMENTS if name not in CODECS and not name.endswith(LAYOUTS[1:])
+    ],
+    "codecs": ["fomoe-half", *CODECS],
     "layouts": [f"fomoe-{part}{kind}" for part in ("half", "single") for kind in LAYOUTS],
     "routing": [
         "photon",

@@ -1,0 +1,91 @@
+"""Measure how fast codecs turn numbers into bytes and back, as a share of memory bandwidth.
+
+    python benchmarks/codecs.py --json benchmarks/results/codecs.json
+    python benchmarks/codecs.py --megabytes 64 --threads 1
+
+A vector of normal numbers is encoded and decoded. Speed is bytes of its fp32 form over seconds,
+best of `--repeat`, as a share of what a copy of a block of memory reaches in the same process. What
+each codec does to the loss: `python benchmarks/experiments.py --series codecs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from server import copy_speed
+
+from fomoe_flwr.codecs.sizes import CODECS, Codec
+from fomoe_flwr.codecs.vectors import decode, encode
+from fomoe_flwr.report.environment import environment
+
+
+def best_seconds(work: Callable[[], Any], repeat: int) -> float:
+    """Return the shortest of some timings."""
+    times = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def measure(name: str, vector: torch.Tensor, repeat: int) -> dict[str, float]:
+    """Time one codec; also return its relative error."""
+    codec, size = Codec(name), vector.numel()
+    data = encode(vector, codec)
+    error = (decode(data, codec, size) - vector).norm() / vector.norm()
+    return {
+        "bytes_per_number": len(data) / size,
+        "relative_error": float(error),
+        "encode_seconds": best_seconds(lambda: encode(vector, codec), repeat),
+        "decode_seconds": best_seconds(lambda: decode(data, codec, size), repeat),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    num_bytes = options.megabytes * 2**20
+    copy = copy_speed(num_bytes)
+    vector = torch.randn(num_bytes // 4, generator=torch.Generator().manual_seed(0))
+    rows = []
+    print(f"copy: {copy / 1e9:.1f} GB/s, {options.threads} threads\n")
+    print(
+        "| codec | bytes a number | relative error | encode GB/s | of copy | decode GB/s | of copy |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in CODECS:
+        row = measure(name, vector, options.repeat)
+        speeds = [num_bytes / row[f"{way}_seconds"] for way in ("encode", "decode")]
+        cells = [f"{speed / 1e9:.2f} | {speed / copy:.0%}" for speed in speeds]
+        print(
+            f"| `{name}` | {row['bytes_per_number']:.3f} | {row['relative_error']:.2g} | "
+            f"{cells[0]} | {cells[1]} |",
+            flush=True,
+        )
+        rows.append({"codec": name, **row})
+    if options.json:
+        document = {
+            **environment(),
+            "threads": options.threads,
+            "bytes": num_bytes,
+            "copy_bytes_per_second": copy,
+            "rows": rows,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
