@@ -61,10 +61,9 @@ def main() -> None:
     vector = torch.randn(num_bytes // 4, generator=torch.Generator().manual_seed(0))
     rows = []
     print(f"copy: {copy / 1e9:.1f} GB/s, {options.threads} threads\n")
-    print(
-        "| codec | bytes a number | relative error | encode GB/s | of copy | decode GB/s | of copy |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    titles = ("codec", "bytes a number", "relative error")
+    titles += ("encode GB/s", "of copy", "decode GB/s", "of copy")
+    print("| " + " | ".join(titles) + " |\n|" + " --- |" * len(titles))
     for name in CODECS:
         row = measure(name, vector, options.repeat)
         speeds = [num_bytes / row[f"{way}_seconds"] for way in ("encode", "decode")]
