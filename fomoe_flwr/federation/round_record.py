@@ -54,8 +54,9 @@ class RoundRecord:
     rejoined: set[int] = field(default_factory=set)
     """Workers whose reply counts in this round but did not in the one before."""
     configure_seconds: float = 0.0
-    """To draw the layout and write the tasks."""
+    """To meet nodes and draw the layout."""
     send_seconds: float = 0.0
+    """To write the tasks and hand them to the SuperLink."""
     train_seconds: float = 0.0
     """From the last message sent to the last reply folded."""
     receive_seconds: float = 0.0

@@ -195,12 +195,14 @@ class FoMoEStrategy(Strategy):
         self, server_round: int, grid: Grid, timeout: float | None
     ) -> MetricRecord | None:
         patience = timeout or self.settings.federation.round_timeout_seconds
-        messages = list(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
+        messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         started, record = time.monotonic(), self._round
+        sent: dict[str, int] = {}
+        # One at a time, so that no two workers' experts are here at once.
         for message in messages:
             record.down.add(message.content)
-        sent = push(grid, messages)
-        del messages
+            sent |= push(grid, [message])
+            del message
         self._waiting.begin({i: self.seats.worker_of_node[node] for i, node in sent.items()})
         record.send_seconds = time.monotonic() - started
         replies = self._waiting.replies(grid, record, started + patience)
@@ -234,7 +236,6 @@ class FoMoEStrategy(Strategy):
             elif worker not in nodes:
                 record.failures[worker] = "no node plays this worker"
         record.late_replies = len(latecomers)
-        # A list, not a generator: Flower's HTTP grid walks it twice.
         messages = self._tasks.write(
             server_round,
             record.layout,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from flwr.app import Array, Message, MessageType, RecordDict
 from torch import Tensor
@@ -45,51 +45,66 @@ class TaskWriter:
         nodes: Mapping[int, int],
         memory: Memory,
         keep_rounds: Sequence[int],
-    ) -> list[Message]:
+    ) -> Iterator[Message]:
         """Make one message for each worker in `nodes` (worker -> node), in worker order.
 
-        `keep_rounds` are the rounds whose inner state workers must keep.
+        Each is made when it is asked for, so that whoever lets go of one before asking for the next
+        holds the shared part and the experts of one worker. `keep_rounds` are the rounds whose
+        inner state workers must keep.
         """
-        down = self.settings.wire.codecs_down
         # One encoded vector for all workers that get the same part: it is uploaded once.
         shared: dict[tuple[int, str], Array] = {}
-        messages = []
         for worker in sorted(nodes):
-            residents = layout.of_worker(worker)
-            fragment = self._fragment_for(worker, server_round, layout, memory)
-            carried = self._moments_for(fragment, server_round)
-            header = TaskHeader(
-                settings=self.settings.to_dict(),
-                spec_digest=self.spec.digest(),
-                tokenizer_digest=self.identity.tokenizer_digest,
-                run_key=self.identity.key,
-                worker=worker,
-                server_round=server_round,
-                layout_digest=layout.digest(),
-                residents=residents,
-                keep_rounds=keep_rounds,
-                fragment=fragment,
-                moments=list(carried),
-                pooled_share=(
-                    memory.pooled_share() if self.settings.balance.form == "global" else None
-                ),
-                probe=[] if self.probe is None else self.probe.tolist(),
-            )
-            content = RecordDict({wire.TASK: header.record()})
-            part = self._part(fragment)
-            for name, values in {wire.WEIGHTS: self.state, **carried}.items():
-                spec = part if name == wire.WEIGHTS else part.parameters()
-                if (fragment, name) not in shared:
-                    seed = seed_of(self.settings.seed, server_round, name)
-                    packed = spec.pack_shared(values)
-                    shared[fragment, name] = wire.encode(packed, down.shared, seed)
-                seed = seed_of(self.settings.seed, server_round, name, worker)
-                packed = spec.pack_experts(values, residents)
-                experts = wire.encode(packed, down.experts, seed)
-                content[name] = wire.arrays_of(shared[fragment, name], experts)
+            content = self._content(worker, server_round, layout, memory, keep_rounds, shared)
             ttl = self.settings.federation.round_timeout_seconds
-            messages.append(Message(content, nodes[worker], MessageType.TRAIN, ttl=ttl))
-        return messages
+            message = Message(content, nodes[worker], MessageType.TRAIN, ttl=ttl)
+            del content
+            yield message
+            del message
+
+    def _content(
+        self,
+        worker: int,
+        server_round: int,
+        layout: Layout,
+        memory: Memory,
+        keep_rounds: Sequence[int],
+        shared: dict[tuple[int, str], Array],
+    ) -> RecordDict:
+        """Write one task; vectors that are missing from `shared` are put there."""
+        down, residents = self.settings.wire.codecs_down, layout.of_worker(worker)
+        fragment = self._fragment_for(worker, server_round, layout, memory)
+        carried = self._moments_for(fragment, server_round)
+        header = TaskHeader(
+            settings=self.settings.to_dict(),
+            spec_digest=self.spec.digest(),
+            tokenizer_digest=self.identity.tokenizer_digest,
+            run_key=self.identity.key,
+            worker=worker,
+            server_round=server_round,
+            layout_digest=layout.digest(),
+            residents=residents,
+            keep_rounds=keep_rounds,
+            fragment=fragment,
+            moments=list(carried),
+            pooled_share=(
+                memory.pooled_share() if self.settings.balance.form == "global" else None
+            ),
+            probe=[] if self.probe is None else self.probe.tolist(),
+        )
+        content = RecordDict({wire.TASK: header.record()})
+        part = self._part(fragment)
+        for name, values in {wire.WEIGHTS: self.state, **carried}.items():
+            spec = part if name == wire.WEIGHTS else part.parameters()
+            if (fragment, name) not in shared:
+                seed = seed_of(self.settings.seed, server_round, name)
+                packed = spec.pack_shared(values)
+                shared[fragment, name] = wire.encode(packed, down.shared, seed)
+            seed = seed_of(self.settings.seed, server_round, name, worker)
+            packed = spec.pack_experts(values, residents)
+            experts = wire.encode(packed, down.experts, seed)
+            content[name] = wire.arrays_of(shared[fragment, name], experts)
+        return content
 
     def _part(self, fragment: int) -> StateSpec:
         if fragment < 0:

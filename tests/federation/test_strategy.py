@@ -699,17 +699,20 @@ class ReversedGrid(WatchedGrid):
 
     def __init__(self, tmp_path: Path) -> None:
         super().__init__(tmp_path)
+        self._given: list[str] = []
         self._done: dict[str, Message] = {}
         self._pulls: dict[str, int] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = list(super().push_messages(messages))
-        for message_id in reversed(ids):
-            (self._done[message_id],) = super().pull_messages([message_id])
-        return list(reversed(ids))
+        self._given += ids
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         arrived = []
+        for message_id in reversed(self._given):
+            (self._done[message_id],) = super().pull_messages([message_id])
+        self._given.clear()
         for message_id in message_ids:
             self._pulls[message_id] = self._pulls.get(message_id, 0) + 1
             task = self.watch.tasks.get(message_id)
