@@ -48,15 +48,13 @@ class ServerMemory:
     """Nesterov's velocity, or the averaged moments."""
     means: int
     """Running means of what workers return."""
-    tasks: int
-    """Messages that wait to be fetched, as if no two were alike."""
-    reply: int
-    """The largest reply: they are folded one by one."""
+    message: int
+    """The largest task or reply: they are written and folded one by one."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state + self.outer_state + self.means + self.tasks + self.reply
+        return self.state + self.outer_state + self.means + self.message
 
 
 def server_memory(settings: Settings, sent: RoundBytes) -> ServerMemory:
@@ -69,8 +67,7 @@ def server_memory(settings: Settings, sent: RoundBytes) -> ServerMemory:
         state=4 * (total + buffers),
         outer_state=4 * (velocity * (total + buffers) + moments * total),
         means=4 * math.ceil(((1 + moments) * total + buffers) / outer.fragments),
-        tasks=sent.down,
-        reply=max(sent.up_per_worker),
+        message=max(*sent.down_per_worker, *sent.up_per_worker),
     )
 
 

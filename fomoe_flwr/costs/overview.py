@@ -205,7 +205,7 @@ def _memory(case: Case) -> list[Line]:
         Line(
             "memory/server_bytes",
             server.total,
-            "state + outer_state + means + tasks + reply",
+            "state + outer_state + means + message",
             asdict(server),
             "B",
         ),
