@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,6 +194,28 @@ def test_one_shared_array_object_goes_into_every_record() -> None:
         for n in (1, 2, 3)
     ]
     assert all(record.array_records[wire.WEIGHTS]["shared"] is shared for record in records)
+
+
+def objects_of(content: RecordDict) -> set[str]:
+    """Return the ids of what a content is cut into on its way: the platform pays for each."""
+    return {node.object_id for node in iterate_object_tree(get_object_tree(content))}
+
+
+def test_a_message_below_100_mb_takes_few_objects_and_the_shared_part_is_the_same_for_all() -> None:
+    shared = wire.encode(torch.arange(7_000_000, dtype=torch.float32), "float32")
+    tasks = []
+    for worker in range(2):
+        experts = wire.encode(torch.arange(17_000_000, dtype=torch.float32) + worker + 1, "float32")
+        header = wire.json_record({"worker": worker})
+        tasks.append(
+            objects_of(
+                RecordDict({wire.TASK: header, wire.WEIGHTS: wire.arrays_of(shared, experts)})
+            )
+        )
+    assert all(len(task) + 1 <= 26 for task in tasks)  # and the message itself
+    chunk = 5 * 2**20
+    # The shared array with its chunks, and nothing else, is in both.
+    assert len(tasks[0] & tasks[1]) == 1 + -(-7_000_000 * 4 // chunk)
 
 
 def test_a_task_header_survives_the_journey() -> None:
