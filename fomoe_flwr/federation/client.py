@@ -59,6 +59,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     header = TaskHeader.read(content)
     settings = CACHE.settings(_with_own_words(header.settings, context))
     spec = _check_spec(settings, header.spec_digest)
+    _check_ranges(header, settings)
     part = None if header.fragment < 0 else spec.fragment(header.fragment, settings.outer.fragments)
     carried = part or spec
     vectors = {
@@ -76,9 +77,6 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     # Decoded vectors are copies. A caller that lets go of the message frees its bytes here.
     del content
     shared, experts = vectors.pop(wire.WEIGHTS)
-    unknown = max(map(max, header.probe), default=0)
-    if unknown >= settings.model.vocab_size:
-        raise WireError(f"probe has token {unknown}, the vocabulary {settings.model.vocab_size}")
     text = _tokenizer_text(header.tokenizer_digest)
     data = _node_data(settings, header.worker, text, context)
     task = RoundTask(
@@ -151,9 +149,41 @@ def _check_spec(settings: Settings, digest: str) -> StateSpec:
     return spec
 
 
+def _check_ranges(header: TaskHeader, settings: Settings) -> None:
+    """Refuse a task that names a worker, expert, layer, fragment or token which the run lacks."""
+    model, workers = settings.model, settings.layout.num_workers
+    if header.worker >= workers:
+        raise WireError(f"task is for worker {header.worker}, layout.num_workers={workers}")
+    known = range(model.num_experts)
+    if len(header.residents) != model.num_layers or any(
+        list(held) != sorted(set(held) & set(known)) for held in header.residents
+    ):
+        raise WireError(
+            f"residents must be {model.num_layers} rising lists of expert ids from 0 to "
+            f"{model.num_experts - 1}"
+        )
+    if header.fragment >= settings.outer.fragments:
+        raise WireError(
+            f"task carries fragment {header.fragment}, outer.fragments={settings.outer.fragments}"
+        )
+    shares = header.pooled_share
+    if (
+        shares is not None
+        and [len(row) for row in shares] != [model.num_experts] * model.num_layers
+    ):
+        raise WireError(
+            f"pooled_share must be {model.num_layers} lists of {model.num_experts} shares"
+        )
+    unknown = max(map(max, header.probe), default=0)
+    if unknown >= model.vocab_size:
+        raise WireError(f"probe has token {unknown}, the vocabulary {model.vocab_size}")
+
+
 def _with_own_words(fields: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Put what the node says of itself over the run's settings; checked with them later."""
     words = context.node_config
+    if not all(isinstance(fields.get(section), dict) for section in ("local", "data")):
+        raise WireError("settings need the sections local and data")
     local, data = dict(fields["local"]), dict(fields["data"])
     if device := words.get("device"):
         local["device"] = str(device)

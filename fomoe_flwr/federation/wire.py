@@ -193,7 +193,11 @@ class TaskHeader:
         _expect("fragment", type(header.fragment) is int and header.fragment >= -1, "-1 or more")
         known = isinstance(header.moments, list) and set(map(str, header.moments)) <= set(MOMENTS)
         _expect("moments", known, f"a list of {', '.join(MOMENTS)}")
-        _expect("pooled_share", _is_table(header.pooled_share), "null or a table of numbers")
+        _expect(
+            "pooled_share",
+            _are_shares(header.pooled_share),
+            "null or a table of numbers from 0 to 1",
+        )
         _expect(
             "probe",
             isinstance(header.probe, list)
@@ -275,11 +279,12 @@ def _is_row(value: Any, length: int) -> bool:
     return _are_counts(value) and len(value) == length
 
 
-def _is_table(value: Any) -> bool:
+def _are_shares(value: Any) -> bool:
     return value is None or (
         isinstance(value, list)
         and all(
-            isinstance(row, list) and all(isinstance(item, int | float) for item in row)
+            isinstance(row, list)
+            and all(isinstance(item, int | float) and 0 <= item <= 1 for item in row)
             for row in value
         )
     )

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, RecordDict
 
 from fomoe_flwr.config import Settings, load_settings
 from fomoe_flwr.data.tokens import TokenBlocks
-from fomoe_flwr.federation import client, wire
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.routing_log import RoutingLog, probe_windows
-from fomoe_flwr.federation.wire import TaskHeader, WireError
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
@@ -202,32 +198,3 @@ def test_no_probe_no_windows() -> None:
     assert not {"moe/churn", "moe/worker_agreement"} & metrics.keys()
     assert "churn" not in line["layers"][0]
     assert all(math.isfinite(value) for value in metrics.values())
-
-
-def test_a_worker_refuses_probe_tokens_that_its_model_does_not_know(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Bench()
-    held: list[list[int]] = [[0, 1]] * LAYERS
-    header = TaskHeader(
-        settings=bench.settings.to_dict(),
-        spec_digest=bench.spec.digest(),
-        tokenizer_digest="ab" * 32,
-        run_key="cd" * 16,
-        worker=0,
-        server_round=1,
-        layout_digest="ef" * 8,
-        residents=held,
-        keep_rounds=[],
-        fragment=-1,
-        moments=[],
-        pooled_share=None,
-        probe=[[1, 512]],
-    )
-    sizes = (bench.spec.shared_size, bench.spec.experts_size(held))
-    weights = wire.arrays_of(*(wire.encode(torch.zeros(size), "float32") for size in sizes))
-    content = RecordDict({wire.TASK: header.record(), wire.WEIGHTS: weights})
-    reached: Callable[..., Any] = lambda *_: pytest.fail("went on")  # noqa: E731
-    monkeypatch.setattr(client, "run_round", reached)
-    with pytest.raises(WireError, match="probe has token 512, the vocabulary 512"):
-        client.answer_task(content, Context(1, 2, {}, RecordDict(), {}))
