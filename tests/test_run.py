@@ -409,6 +409,38 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
         assert summary[key] == other[key]
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "outer=nesterov layout.kind=rolling layout.overlap=1",
+        "outer=local_adamw layout.kind=random",
+        "outer=des_loc outer.first_moment_every=1 outer.second_moment_every=2",
+        "outer.fragments=2 layout.kind=balanced",
+        "wire.up=int4 wire.rounding=stochastic wire.down=bfloat16",
+        "wire.up=topk_int2 layout.kind=random",
+        "outer.weighting=uniform privacy.clip_norm=0.1 privacy.noise_multiplier=1 "
+        "privacy.noise_seed=3",
+        "outer=nesterov outer.clip_to_median=1",
+        "outer.robust=median outer.weighting=uniform",
+        "balance.form=global local.schedule=wsd model.routing=partitioned",
+    ],
+)
+def test_every_mode_goes_on_as_if_it_had_not_been_stopped(
+    mode: str, start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fomoe_flwr.federation.server import Server
+
+    overrides = ["rounds=4", *mode.split()]
+    whole = start("whole", *overrides)
+    with monkeypatch.context() as patch:
+        stop_at(patch, Server, "_close_round", lambda record: record.server_round == 3)
+        with pytest.raises(StoppedError):
+            start("halved", *overrides)
+    halved = RunDirectory(tmp_path / "halved")
+    resume(halved)
+    assert_same_end(whole, halved)
+
+
 def test_a_run_whose_process_was_killed_ends_as_if_it_had_not_been(
     start: Start, words: list[str], tmp_path: Path
 ) -> None:
