@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write tests/golden/ anew instead of comparing with it",
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _absl_on_the_real_stderr() -> None:
+    """Keep absl, which TensorBoard brings, from closing what pytest captures.
+
+    Its handler takes the stderr of its first import, and closes it when logging is configured anew
+    (Hydra does that) unless it is the process's own.
+    """
+    from absl import logging
+
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,10 +22,6 @@ from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.job import JobRecord, end_if_running, read_record, run_job, write_record
 from fomoe_flwr.sweep.plan import Plan, plan_sweep
 
-# In one long process with the rest of the suite, Hydra's handlers have closed pytest's captured
-# output (seen once, cause not found), so these run apart: `pytest tests/test_sweep.py -m slow`.
-pytestmark = pytest.mark.slow
-
 FAKE_RUN = """
 import json, os, signal, sys
 from pathlib import Path
