@@ -232,6 +232,8 @@ def _one_by_one(
     warmup: int,
 ) -> Iterator[dict[str, Any]]:
     for label, share in wanted:
+        # Compiled code of earlier variants keeps some of their tensors.
+        left = torch.cuda.memory_allocated(device)
         variant: Variant | None = Variant(label, settings, device, share)
         assert variant is not None
         variant.take(warmup)
@@ -239,7 +241,7 @@ def _one_by_one(
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         seconds = variant.take(steps + 1)[1:]  # the first has the round's own set-up in it
-        peak = torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device) - left
         yield _row(variant, seconds, peak)
         variant = None
         gc.collect()
