@@ -27,7 +27,6 @@ def test_the_commands_of_the_loopback_part_work_as_written(tmp_path: Path) -> No
     folder = tmp_path / "federation"
     variables = {
         **os.environ,
-        "FEDERATION": str(folder),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     done = subprocess.run(
