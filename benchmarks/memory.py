@@ -3,9 +3,9 @@
     python benchmarks/memory.py                       # CPU: resident set of one process each
     python benchmarks/memory.py --device cuda --json benchmarks/results/memory-gpu.json
 
-Every case is a process of its own, and on a CPU it is two: with the C library's allocator as it is
-(`default`), which keeps some of what is freed, and told to give everything back at once
-(`measured`), which shows what is really in use.
+Every case is a process of its own, and on a CPU it is two: as workers run by default, with a heap
+that keeps what is freed until the round ends (`held`), and with one that was told to give
+everything back at once (`measured`), which shows what is really in use.
 
 A process trains a tiny model first, so that libraries and thread pools are there; what counts is
 the peak above that, in the second of two rounds on random tokens. Predicted is
@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -196,15 +195,12 @@ def measure(case: Case, share: float) -> dict[str, float]:
     return predict(case, share, resident_share, device) | {"measured_bytes": peak}
 
 
-def run_apart(
-    name: str, share: float, device: str, variables: Mapping[str, str]
-) -> dict[str, float]:
+def run_apart(name: str, share: float, device: str, is_held: bool = False) -> dict[str, float]:
     """Measure a case in a process of its own."""
     command = [sys.executable, __file__, "--one", "--device", device]
-    command += ["--case", name, "--share", str(share)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, **variables}
-    )
+    command += ["--case", name, "--share", str(share), *(["--held"] * is_held)]
+    variables = {**os.environ, **({} if is_held else GIVE_BACK)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
@@ -257,26 +253,29 @@ def main() -> None:
     parser.add_argument("--share", action="append", type=float, default=None)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--one", action="store_true", help="one case and share, here; prints JSON")
+    parser.add_argument("--held", action="store_true", help="with --one: execution.hold_heap")
     options = parser.parse_args()
     cases = CPU_CASES if options.device == "cpu" else CUDA_CASES
     on_cpu = options.device == "cpu"
     names, shares = options.case or list(cases), options.share or list(SHARES)
     if options.one:
-        print(json.dumps(measure(cases[names[0]], shares[0])))
+        case = cases[names[0]]
+        case = replace(case, execution=replace(case.execution, hold_heap=options.held))
+        print(json.dumps(measure(case, shares[0])))
         return
     rows = []
-    columns = ("state", "kept", "predicted", "measured", *(["default"] * on_cpu))
+    columns = ("state", "kept", "predicted", "measured", *(["held"] * on_cpu))
     print(f"{'case':<40}{'share':>6}" + "".join(f"{name:>10}" for name in columns) + "     off")
     for name in names:
         for share in shares:
             row = {
                 "case": name,
                 "share": share,
-                **run_apart(name, share, options.device, GIVE_BACK),
+                **run_apart(name, share, options.device),
             }
             if on_cpu:
-                usual = run_apart(name, share, options.device, {})
-                row["default_bytes"] = usual["measured_bytes"]
+                held = run_apart(name, share, options.device, is_held=True)
+                row["held_bytes"] = held["measured_bytes"]
             row["off"] = row["predicted_bytes"] / row["measured_bytes"] - 1
             rows.append(row)
             sizes = "".join(f"{row[f'{column}_bytes'] / 2**20:>10.0f}" for column in columns)

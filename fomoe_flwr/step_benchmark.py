@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from fomoe_flwr import costs
 from fomoe_flwr.config import Settings
+from fomoe_flwr.heap import held_heap
 from fomoe_flwr.inner_state import InnerState
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
@@ -180,8 +181,10 @@ def measure(
         *((name, None) for name in baselines),
         *((f"share {share:g}", share) for share in shares),
     ]
-    run = _one_by_one if device.type == "cuda" else _in_turn
-    rows = list(run(settings, wanted, device, steps, warmup))
+    on_gpu = device.type == "cuda"
+    run = _one_by_one if on_gpu else _in_turn
+    with held_heap(settings.execution.hold_heap and not on_gpu):
+        rows = list(run(settings, wanted, device, steps, warmup))
     peak = matmul_peak(device, settings.local.precision)
     tokens = settings.local.batch_size * settings.data.sequence_length
     flops = costs.token_flops(settings.model, settings.data.sequence_length)

@@ -20,6 +20,7 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.error_feedback import ErrorFeedback, Vectors
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.heap import held_heap
 from fomoe_flwr.inner_state import InnerState, stored_weights
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.residency import Residents
@@ -99,7 +100,8 @@ def run_round(
     device = pick_device(local.device)
     received, current = _starting_weights(task)
     lent = CACHE.model(settings, task.residents, device, team)
-    with _threads(local.threads // team.size), lent as model:
+    heap = held_heap(settings.execution.hold_heap and device.type == "cpu")
+    with heap, _threads(local.threads // team.size), lent as model:
         load_state(model, current)
         del current
         optimizer = make_optimizer(model, local)
