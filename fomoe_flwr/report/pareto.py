@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from fomoe_flwr.report.style import Palette, Panel
 
 _MARKERS = "osD^v<>PX*"
+_NEEDED = ("eval/loss", "comm/bytes_up", "comm/bytes_down", "memory/worker_bytes")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def choices_of(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[C
     """Gather the completed jobs of a sweep's table by what varies besides the seed."""
     groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["status"] == "completed" and row["eval/loss"] is not None:
+        if row["status"] == "completed" and all(row[key] is not None for key in _NEEDED):
             varied = tuple((key, str(row[key])) for key in keys if key != "seed")
             groups.setdefault(varied, []).append(row)
     return [
