@@ -6,8 +6,8 @@
 Replies are made of bytes, one at a time, decoded, checked, folded and dropped, as the strategy
 does; then the outer step (Nesterov) is taken. Speed is bytes of replies over seconds, as a share
 of what a copy of a block of memory reaches in the same process. Every number of workers has a
-process of its own, so that its peak memory (VmHWM) is its own; what Python and torch take before is
-taken off.
+process of its own, so that its peak memory (VmHWM) is its own; what Python, torch and a round of a
+tiny model take before is taken off.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from flwr.app import Array, RecordDict
 
+from fomoe_flwr import report
 from fomoe_flwr.aggregation import HolderMean
 from fomoe_flwr.codecs.sizes import Codec
 from fomoe_flwr.config import OuterSettings
@@ -78,8 +79,26 @@ def measure(
 ) -> dict[str, Any]:
     """Fold one round's replies and take the outer step."""
     torch.set_num_threads(threads)
+    _fold_round(spec_of(1e6), workers, overlap, codec)
     base = peak_bytes()
-    spec = spec_of(gigabytes * 1e9)
+    found = _fold_round(spec_of(gigabytes * 1e9), workers, overlap, codec)
+    peak = peak_bytes()
+    copy = copy_speed(2**28)
+    folded = found.pop("folded_bytes")
+    seconds = found["fold_seconds"]
+    return {
+        "workers": workers,
+        **found,
+        "peak_bytes": peak - base,
+        "allowed_bytes": 3 * found["model_bytes"] + found["largest_reply_bytes"],
+        "copy_bytes_per_second": copy,
+        "fold_share_of_copy": folded / seconds / copy,
+        "decode_and_fold_share_of_copy": folded / (seconds + found["decode_seconds"]) / copy,
+    }
+
+
+def _fold_round(spec: StateSpec, workers: int, overlap: int, codec: str) -> dict[str, Any]:
+    """Return bytes and seconds of a round on a model whose memory goes when this returns."""
     state = {e.key: torch.zeros(e.shape) for e in (*spec.shared, *spec.expert)}
     outer = OuterStep(OuterSettings(name="nesterov", lr=0.7, momentum=0.9))
     outer.momentum = {key: torch.zeros_like(value) for key, value in state.items()}
@@ -108,21 +127,13 @@ def measure(
     started = time.perf_counter()
     outer.apply(state, mean)
     outer_seconds = time.perf_counter() - started
-    peak = peak_bytes()
-    del state, outer, mean
-    copy = copy_speed(2**28)
     return {
-        "workers": workers,
         "model_bytes": model_bytes,
         "largest_reply_bytes": reply_bytes,
-        "peak_bytes": peak - base,
-        "allowed_bytes": 3 * model_bytes + reply_bytes,
-        "copy_bytes_per_second": copy,
+        "folded_bytes": folded,
         "decode_seconds": decode_seconds,
         "fold_seconds": fold_seconds,
         "outer_seconds": outer_seconds,
-        "fold_share_of_copy": folded / fold_seconds / copy,
-        "decode_and_fold_share_of_copy": folded / (fold_seconds + decode_seconds) / copy,
     }
 
 
@@ -152,7 +163,8 @@ def main() -> None:
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        document = {**report.environment(), "threads": options.threads, "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ class HolderMean:
             raise ValueError("a reply's expert weights must be >= 0, one for each resident")
         self.shared_weight += weight
         self.shared_count += 1
-        _draw_near(self.shared, shared, weight / self.shared_weight)
+        # In one pass; nobody asks how far apart shared copies lie.
+        self.shared.lerp_(shared, weight / self.shared_weight)
         apart = torch.zeros_like(self._spread)
         shares = torch.zeros_like(self._spread)
         for layer, (held, added) in enumerate(zip(residents, weights, strict=True)):
@@ -132,12 +133,17 @@ class HolderMean:
 def _draw_near(mean: Tensor, new: Tensor, share: float) -> float:
     """Move a flat mean by a share of its distance to a new vector; return the squared distance.
 
-    In slabs that stay in cache, so that memory is read twice and written once.
+    The first copy (share 1) takes the mean's place, which had no value: its distance counts as 0.
+    Otherwise in slabs that stay in cache, so that memory is read twice and written once.
     """
+    if share == 1.0:
+        mean.copy_(new)
+        return 0.0
     squares = 0.0
     buffer = torch.empty(min(SLAB, mean.numel()))
     for part in slabs(mean.numel()):
-        difference = torch.sub(new[part], mean[part], out=buffer[: part.stop - part.start])
+        old, other = mean[part], new[part]
+        difference = torch.sub(other, old, out=buffer[: len(old)])
         squares += float(torch.dot(difference, difference))
-        mean[part].add_(difference.mul_(share))
+        old.lerp_(other, share)
     return squares

@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,15 @@ def test_the_readmes_table_is_what_its_command_prints() -> None:
     commit = re.search(r"commit (\w+)", provenance)
     assert commit is not None
     assert f"commit {commit[1]}" in readme
+
+
+def test_every_page_is_in_the_sites_contents() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```{toctree}\n(.*?)```", index, flags=re.DOTALL)
+    listed = [line for block in blocks for line in block.split() if not line.startswith(":")]
+    for page in (ROOT / "docs").glob("*.md"):
+        if page.stem != "index":
+            assert any(fnmatch(page.stem, pattern) for pattern in listed), page.name
 
 
 @pytest.mark.slow

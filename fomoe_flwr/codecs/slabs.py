@@ -13,15 +13,19 @@ SLAB = 32 * CHUNK
 """Numbers in a slab: 512 KiB in fp32, a whole number of every codec's blocks."""
 
 
-def slabs(num_elements: int) -> Iterator[slice]:
+_READ_SLAB = 8 * SLAB
+"""Numbers read at once where nothing is made on the way."""
+
+
+def slabs(num_elements: int, size: int = SLAB) -> Iterator[slice]:
     """Cut a vector into slabs."""
-    for start in range(0, num_elements, SLAB):
-        yield slice(start, min(start + SLAB, num_elements))
+    for start in range(0, num_elements, size):
+        yield slice(start, min(start + size, num_elements))
 
 
 def is_finite(vector: Tensor) -> bool:
     """Tell whether a flat vector holds neither NaN nor infinity; needs no memory of its size."""
-    for part in slabs(vector.numel()):
+    for part in slabs(vector.numel(), _READ_SLAB):
         low, high = torch.aminmax(vector[part])  # both are NaN where anything is
         if not bool(torch.isfinite(high - low)) and not bool(torch.isfinite(vector[part]).all()):
             return False
