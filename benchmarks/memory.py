@@ -37,8 +37,6 @@ from fomoe_flwr.config import (
     Settings,
 )
 from fomoe_flwr.costs import activations, memory_bytes, parameter_counts
-from fomoe_flwr.model import head_loss
-from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.worker import RoundTask, run_round
@@ -210,18 +208,8 @@ def predict(
 ) -> dict[str, float]:
     counts, model = parameter_counts(case.model), case.model
     held = counts.shared + counts.expert // model.num_experts * round(share * model.num_experts)
-    execution = Execution.choose(case.execution, device, model.vocab_size)
-    step = activations.Step(
-        case.batch_size,
-        case.sequence_length,
-        case.local.precision,
-        resident_share,
-        head_loss._CHUNK_BYTES[device.type] if execution.chunked_loss else 0,
-        execution.checkpoint_activations,
-        case.local.accumulate > 1,
-        execution.compiled,
-    )
-    received = 4 * held if device.type == "cpu" else 0
+    step = activations.step_of(settings_of(case), resident_share, device.type)
+    received = activations.received_bytes(held, device.type)
     return {
         "parameters": held,
         "resident_share": round(resident_share, 3),

@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomoe_flwr.config import ExecutionSettings, ModelSettings
-from fomoe_flwr.costs import memory_bytes, parameter_counts
-from fomoe_flwr.costs.activations import Step, activation_bytes, kept_bytes, peak_bytes
+from fomoe_flwr.config import ExecutionSettings, ModelSettings, load_settings
+from fomoe_flwr.costs import memory_bytes, parameter_counts, summary
+from fomoe_flwr.costs.activations import (
+    Step,
+    activation_bytes,
+    kept_bytes,
+    peak_bytes,
+    received_bytes,
+    step_of,
+)
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.residency import build_model
@@ -100,3 +107,35 @@ def test_what_makes_a_step_smaller_makes_its_peak_smaller() -> None:
     half = replace(step, precision="bfloat16")
     assert 0.5 < kept_bytes(SHAPE, half) / kept_bytes(SHAPE, step) < 1
     assert peak_bytes(model, "adamw", held, replace(step, accumulates=True)) == peak + 4 * held
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("loss", ["auto", "whole", "chunked"])
+@pytest.mark.parametrize("compiled", ["auto", "on", "off"])
+def test_the_predicted_step_is_the_one_that_is_executed(
+    device: str, loss: str, compiled: str
+) -> None:
+    settings = load_settings(
+        ["preset=demo", f"execution.loss={loss}", f"execution.compile={compiled}"]
+    )
+    step = step_of(settings, 0.5, device)
+    execution = Execution.choose(
+        settings.execution, torch.device(device), settings.model.vocab_size
+    )
+    assert (step.chunk_bytes > 0) == execution.chunked_loss
+    assert step.compiled == execution.compiled
+
+
+def test_the_cost_sheet_names_the_largest_workers_peak() -> None:
+    words = ["preset=tiny", "layout.kind=weighted", "layout.num_workers=3", "local.device=cpu"]
+    words += ["layout.overlap=1", "layout.residents=[4,3,1]", "model.num_experts=8"]
+    settings = load_settings(words)
+    sheet = summary(settings)
+    held = sheet["params/resident"]
+    assert isinstance(held, int)
+    step = step_of(settings, 0.5, "cpu")
+    peak = peak_bytes(settings.model, "adamw", held, step) + received_bytes(held, "cpu")
+    assert sheet["memory/worker_peak_bytes"] == peak
+    assert "memory/worker_peak_bytes" not in summary(
+        load_settings([*words, "costs.bytes_per_parameter=12"])
+    )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.config import ModelSettings, Settings
 from fomoe_flwr.costs.counts import parameter_counts
 from fomoe_flwr.costs.memory import WEIGHT_BYTES, memory_bytes
+from fomoe_flwr.execution_choice import CHUNK_BYTES, is_compiled, is_loss_chunked
 from fomoe_flwr.shapes import head_size, latent_sizes
 
 _FP32, _BF16 = 4, 2
@@ -48,6 +49,28 @@ class Step:
     def num_tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.batch_size * self.sequence_length
+
+
+def step_of(settings: Settings, resident_share: float, device: str) -> Step:
+    """Return how a worker's passes are computed on a device, `cpu` or `cuda`."""
+    model, local, execution = settings.model, settings.local, settings.execution
+    is_chunked = is_loss_chunked(execution, device, model.vocab_size)
+    return Step(
+        local.batch_size,
+        settings.data.sequence_length,
+        local.precision,
+        resident_share,
+        CHUNK_BYTES[device] if is_chunked else 0,
+        execution.checkpoint_activations,
+        local.accumulate > 1,
+        is_compiled(execution, device),
+        flash_attention=device == "cuda" or not _is_latent(model),
+    )
+
+
+def received_bytes(num_parameters: int, device: str) -> int:
+    """Return the bytes of the received weights beside the model; they lie on the host."""
+    return _FP32 * num_parameters if device == "cpu" else 0
 
 
 @dataclass(frozen=True)

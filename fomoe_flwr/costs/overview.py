@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from fomoe_flwr.config import Settings
+from fomoe_flwr.costs.activations import activation_bytes, received_bytes, step_of
 from fomoe_flwr.costs.case import Case
 from fomoe_flwr.costs.flops import skip_speedup_limit
-from fomoe_flwr.costs.memory import server_memory, state_bytes
+from fomoe_flwr.costs.memory import memory_bytes, server_memory, state_bytes
 from fomoe_flwr.costs.sheet import Line, Number, quotient
 from fomoe_flwr.costs.traffic import num_buffers, predict_bytes, state_factor
 from fomoe_flwr.costs.wall_clock import time_lines
@@ -195,6 +196,7 @@ def _memory(case: Case) -> list[Line]:
             {"bytes_per_parameter": state, "resident": resident},
             "B",
         ),
+        *_peak_memory(case),
         Line(
             "memory/full_replica_bytes",
             round(state * case.counts.total),
@@ -210,6 +212,29 @@ def _memory(case: Case) -> list[Line]:
             "B",
         ),
     ]
+
+
+def _peak_memory(case: Case) -> list[Line]:
+    """Return the most that a worker takes: on a GPU, unless `local.device=cpu`.
+
+    Without it where another training state is assumed, `costs.bytes_per_parameter`.
+    """
+    settings, local = case.settings, case.settings.local
+    if settings.costs.bytes_per_parameter:
+        return []
+    device = "cpu" if local.device == "cpu" else "cuda"
+    most: dict[str, Number] = {}
+    for resident, executed in zip(case.resident, case.executed, strict=True):
+        step = step_of(settings, executed / settings.model.top_k, device)
+        terms: dict[str, Number] = {
+            "state": memory_bytes(resident, local.optimizer, local.precision),
+            "activations": activation_bytes(settings.model, local.optimizer, resident, step),
+            "received": received_bytes(resident, device),
+        }
+        most = max(most, terms, key=lambda terms: sum(terms.values()))
+    total = round(sum(most.values()))
+    formula = "state + activations + received"
+    return [Line("memory/worker_peak_bytes", total, formula, most, "B")]
 
 
 def _flops(case: Case) -> list[Line]:

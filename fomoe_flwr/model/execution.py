@@ -9,12 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fomoe_flwr.config import ExecutionSettings
+from fomoe_flwr.execution_choice import is_compiled, is_loss_chunked
 from fomoe_flwr.model.attention import attend_to_full_windows
 from fomoe_flwr.model.experts import set_core
 from fomoe_flwr.model.residency import moe_blocks
-
-LARGE_VOCABULARY = 16_384
-"""Entries from which on a CPU gains from never holding all logits."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,11 @@ class Execution:
         cls, settings: ExecutionSettings, device: torch.device, vocab_size: int
     ) -> Execution:
         """Resolve `auto` by device and vocabulary; without a GPU there is no CUDA graph."""
-        on_gpu = device.type == "cuda"
-        graph = settings.cuda_graph and on_gpu
+        graph = settings.cuda_graph and device.type == "cuda"
         return cls(
             experts="static" if graph and settings.experts == "auto" else settings.experts,
-            chunked_loss=settings.loss == "chunked"
-            or (settings.loss == "auto" and (on_gpu or vocab_size >= LARGE_VOCABULARY)),
-            compiled=settings.compile == "on" or (settings.compile == "auto" and on_gpu),
+            chunked_loss=is_loss_chunked(settings, device.type, vocab_size),
+            compiled=is_compiled(settings, device.type),
             cuda_graph=graph,
             checkpoint_activations=settings.checkpoint_activations,
         )

@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fomoe_flwr.execution_choice import CHUNK_BYTES
+
 try:
     from fomoe_flwr.model.cross_entropy_kernel import cross_entropy_rows as _rows_on_gpu
 except ImportError:  # torch for a CPU comes without Triton
     _rows_on_gpu = None  # type: ignore[assignment]
 
-_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
-"""Logits of a chunk. On a CPU small enough for its passes to hit the cache, large enough for fast
-products; on a GPU large enough to fill it."""
 _GPU_COLUMNS = 64
 """Rows of logits start at multiples of so many: a GPU's fast products want aligned rows."""
 
@@ -62,7 +61,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_grad_TD = torch.empty_like(hidden_TD) if needs_gradient else None
         head_grad_VD = None
         row_bytes = head_VD.shape[0] * hidden_TD.element_size()
-        chunk = max(1, _CHUNK_BYTES[device.type] // row_bytes)
+        chunk = max(1, CHUNK_BYTES[device.type] // row_bytes)
         for start in range(0, num_tokens, chunk):
             part = slice(start, start + chunk)
             hidden_CD = hidden_TD[part]

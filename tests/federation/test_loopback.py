@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -133,6 +136,42 @@ def test_three_nodes_give_the_run_that_one_process_gives(
     assert len(list((federation.folder / "nodes").glob("node-*/*/worker-*/*.safetensors"))) >= 3
 
 
+def test_experts_of_a_node_that_never_comes_back_find_other_homes(
+    small_text: Path, tmp_path: Path
+) -> None:
+    made = Loopback(tmp_path / "federation", ["", "", ""])
+    run = RunDirectory(tmp_path / "run")
+    words = [
+        *("preset=tiny", "layout.num_workers=3", "layout.overlap=1", "layout.rehome_after=1"),
+        *("federation.min_workers=2", "federation.grace_seconds=4", "rounds=6"),
+        *("local.threads=1", f"data.path={small_text}", f"output_dir={run.path}"),
+    ]
+    statuses: list[int] = []
+    # Nobody keeps this federation: what ends stays away.
+    made.up()
+    try:
+        command = ["federation", "submit", str(made.folder), *words]
+        submission = threading.Thread(target=lambda: statuses.append(main(command)))
+        submission.start()
+        deadline = time.monotonic() + 120
+        while not run.read_metrics():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.kill(made.pids()["node-2"], signal.SIGKILL)
+        submission.join(timeout=300)
+        assert statuses == [0]
+    finally:
+        made.end()
+    rows, layouts = run.read_metrics(), run.read_layouts()
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[0]["round/participants"] == 3
+    assert rows[-1]["round/participants"] == 2
+    assert sum(row["layout/rehomed_experts"] for row in rows) > 0
+    for before, after in zip(layouts["1"], layouts["6"], strict=True):
+        assert after[2] == []
+        assert {e for held in after for e in held} == {e for held in before for e in held}
+
+
 def test_a_run_that_fails_has_a_true_exit_status(
     federation: Loopback, small_text: Path, tmp_path: Path
 ) -> None:
@@ -143,10 +182,6 @@ def test_a_run_that_fails_has_a_true_exit_status(
 
 
 def test_a_keeper_starts_again_what_ends_and_down_ends_all(tmp_path: Path) -> None:
-    import os
-    import signal
-    import time
-
     assert main(["federation", "up", str(tmp_path), "--nodes", "1", "--detach"]) == 0
     before = Loopback(tmp_path).pids()
     os.kill(before["superexec"], signal.SIGKILL)

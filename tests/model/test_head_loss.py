@@ -55,7 +55,7 @@ def assert_equal_to_reference(
 def test_value_and_gradients_whatever_the_chunk(
     device: str, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(subject._CHUNK_BYTES, device, chunk_rows * 5003 * 4)
+    monkeypatch.setitem(subject.CHUNK_BYTES, device, chunk_rows * 5003 * 4)
     assert_equal_to_reference(inputs(37, 16, 5003), 0.5, device, torch.float32, 2e-3)
 
 
@@ -70,7 +70,7 @@ def test_types(dtype: torch.dtype, tolerance: float) -> None:
 def test_bfloat16_on_a_gpu(
     chunk_rows: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(subject._CHUNK_BYTES, "cuda", chunk_rows * vocabulary * 2)
+    monkeypatch.setitem(subject.CHUNK_BYTES, "cuda", chunk_rows * vocabulary * 2)
     assert_equal_to_reference(inputs(256, 64, vocabulary), 1.0, "cuda", torch.bfloat16, 2e-2)
 
 
@@ -109,6 +109,6 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> No
         return original(logits_CV, *others)
 
     monkeypatch.setattr(subject, "_cross_entropy_rows", spy)
-    monkeypatch.setitem(subject._CHUNK_BYTES, "cpu", 10 * 50 * 4)
+    monkeypatch.setitem(subject.CHUNK_BYTES, "cpu", 10 * 50 * 4)
     head_loss(*inputs(24, 4, 50), 1.0)
     assert rows == [10, 10, 4]

@@ -1,0 +1,23 @@
+"""What `auto` in the execution settings means on a device; no torch, so that costs can ask too."""
+
+from __future__ import annotations
+
+from fomoe_flwr.config import ExecutionSettings
+
+LARGE_VOCABULARY = 16_384
+"""Entries from which on a CPU gains from never holding all logits."""
+
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
+"""Logits of a chunk. On a CPU small enough for its passes to hit the cache, large enough for fast
+products; on a GPU large enough to fill it."""
+
+
+def is_loss_chunked(settings: ExecutionSettings, device: str, vocab_size: int) -> bool:
+    """Tell whether the head's loss takes the tokens in chunks on a device (`cpu` or `cuda`)."""
+    is_better = device == "cuda" or vocab_size >= LARGE_VOCABULARY
+    return settings.loss == "chunked" or (settings.loss == "auto" and is_better)
+
+
+def is_compiled(settings: ExecutionSettings, device: str) -> bool:
+    """Tell whether attention, norms and router losses are compiled on a device."""
+    return settings.compile == "on" or (settings.compile == "auto" and device == "cuda")
