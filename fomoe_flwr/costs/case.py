@@ -14,6 +14,7 @@ from fomoe_flwr.costs.memory import layout_context, state_bytes
 from fomoe_flwr.costs.topology import ring_factor
 from fomoe_flwr.costs.traffic import (
     RoundBytes,
+    as_diloco,
     diloco_bytes,
     full_replica_bytes,
     kind_bytes,
@@ -77,7 +78,8 @@ class Case:
     def diloco(self) -> RoundBytes:
         """Bytes of a round of DiLoCo or Photon, or of one step of data-parallel training."""
         if not self.is_ring:
-            return diloco_bytes(self.settings)
+            is_alike = as_diloco(self.settings) == self.settings
+            return self.full_replica if is_alike else diloco_bytes(self.settings)
         element = self.settings.wire.codecs_up.shared.bytes_per_element
         buffers = num_buffers(self.settings.model) * element
         once = sum(kind_bytes(self.settings)) + buffers

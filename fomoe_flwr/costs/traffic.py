@@ -123,8 +123,13 @@ def diloco_bytes(settings: Settings) -> RoundBytes:
 
     A step of data-parallel training takes as many: gradients up, and their mean down.
     """
+    return full_replica_bytes(as_diloco(settings))
+
+
+def as_diloco(settings: Settings) -> Settings:
+    """Return the settings with the outer step of DiLoCo: weights only, undivided."""
     outer = replace(settings.outer, name="average", momentum=0.0, fragments=1)
-    return full_replica_bytes(replace(settings, outer=outer))
+    return replace(settings, outer=outer)
 
 
 def ring_bytes(settings: Settings, layout: Layout) -> float:
