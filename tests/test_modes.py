@@ -509,6 +509,12 @@ def test_predicted_bytes_are_the_bytes_of_every_round_and_worker(
             assert federation.traffic.down[place] == predicted.down_per_worker[w], place
             assert federation.traffic.up[place] == predicted.up_per_worker[w], place
         assert (record.bytes_down, record.bytes_up) == (predicted.down, predicted.up)
+        if layout == "fixed":
+            payloads = costs.predict_payloads(settings, record.layout, record.server_round)
+            for traffic, workers in zip((record.up, record.down), payloads, strict=True):
+                for kind in ("shared", "experts", "moments"):
+                    expected = sum(getattr(payload, kind) for payload in workers)
+                    assert traffic.by_kind[kind] == expected, (record.server_round, kind)
         previous = record.layout
 
 
