@@ -18,6 +18,11 @@ def is_loss_chunked(settings: ExecutionSettings, device: str, vocab_size: int) -
     return settings.loss == "chunked" or (settings.loss == "auto" and is_better)
 
 
+def is_heap_held(settings: ExecutionSettings, device: str) -> bool:
+    """Tell whether the heap is held during a round: a GPU has an allocator of its own."""
+    return settings.hold_heap and device == "cpu"
+
+
 def is_compiled(settings: ExecutionSettings, device: str) -> bool:
     """Tell whether attention, norms and router losses are compiled on a device."""
     return settings.compile == "on" or (settings.compile == "auto" and device == "cuda")

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from fomoe_flwr import costs
 from fomoe_flwr.config import Settings
+from fomoe_flwr.execution_choice import is_heap_held
 from fomoe_flwr.heap import held_heap
 from fomoe_flwr.inner_state import InnerState
 from fomoe_flwr.model.execution import Execution
@@ -181,9 +182,8 @@ def measure(
         *((name, None) for name in baselines),
         *((f"share {share:g}", share) for share in shares),
     ]
-    on_gpu = device.type == "cuda"
-    run = _one_by_one if on_gpu else _in_turn
-    with held_heap(settings.execution.hold_heap and not on_gpu):
+    run = _one_by_one if device.type == "cuda" else _in_turn
+    with held_heap(is_heap_held(settings.execution, device.type)):
         rows = list(run(settings, wanted, device, steps, warmup))
     peak = matmul_peak(device, settings.local.precision)
     tokens = settings.local.batch_size * settings.data.sequence_length

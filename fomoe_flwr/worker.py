@@ -20,6 +20,7 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.error_feedback import ErrorFeedback, Vectors
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.execution_choice import is_heap_held
 from fomoe_flwr.heap import held_heap
 from fomoe_flwr.inner_state import InnerState, stored_weights
 from fomoe_flwr.model.execution import Execution
@@ -100,7 +101,7 @@ def run_round(
     device = pick_device(local.device)
     received, current = _starting_weights(task)
     lent = CACHE.model(settings, task.residents, device, team)
-    heap = held_heap(settings.execution.hold_heap and device.type == "cpu")
+    heap = held_heap(is_heap_held(settings.execution, device.type))
     with heap, _threads(local.threads // team.size), lent as model:
         load_state(model, current)
         del current

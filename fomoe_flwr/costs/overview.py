@@ -224,7 +224,8 @@ def _peak_memory(case: Case) -> list[Line]:
         return []
     device = "cpu" if local.device == "cpu" else "cuda"
     most: dict[str, Number] = {}
-    for resident, executed in zip(case.resident, case.executed, strict=True):
+    # Workers are many, kinds of them few.
+    for resident, executed in dict.fromkeys(zip(case.resident, case.executed, strict=True)):
         step = step_of(settings, executed / settings.model.top_k, device)
         terms: dict[str, Number] = {
             "state": memory_bytes(resident, local.optimizer, local.precision),
