@@ -39,7 +39,7 @@ from fomoe_flwr.config import (
 from fomoe_flwr.costs import activations, memory_bytes, parameter_counts
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.state import StateSpec
-from fomoe_flwr.worker import RoundTask, run_round
+from fomoe_flwr.worker.round import RoundTask, run_round
 
 SHARES = (1.0, 0.5, 0.25)
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

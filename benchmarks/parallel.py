@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe_flwr.config import Settings, load_settings, settings_from_dict
-from fomoe_flwr.inner_state import InnerState
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
@@ -35,7 +34,8 @@ from fomoe_flwr.parallel.processes import Processes
 from fomoe_flwr.parallel.serve import Job, serve
 from fomoe_flwr.parallel.team import ALONE, Team
 from fomoe_flwr.parallel.torch_team import TorchTeam
-from fomoe_flwr.training import make_optimizer, train
+from fomoe_flwr.worker.inner_state import InnerState
+from fomoe_flwr.worker.training import make_optimizer, train
 
 ON_GPU = (
     # 1.7 billion parameters, of which a token uses 0.3.

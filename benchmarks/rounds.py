@@ -33,7 +33,7 @@ from typing import Any
 import psutil
 
 from fomoe_flwr import report
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.run.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY_APP = Path(__file__).with_name("empty_app")

@@ -24,12 +24,12 @@ import torch
 from flwr.app import Array, RecordDict
 
 from fomoe_flwr import report
-from fomoe_flwr.aggregation import HolderMean
+from fomoe_flwr.aggregation.holder_mean import HolderMean
+from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.codecs.sizes import Codec
 from fomoe_flwr.config import OuterSettings
 from fomoe_flwr.federation import wire
 from fomoe_flwr.model.state import Entry, StateSpec
-from fomoe_flwr.outer import OuterStep
 
 LAYERS, EXPERTS = 8, 16
 

@@ -28,14 +28,14 @@ from typing import Any
 import psutil
 
 from fomoe_flwr import report
-from fomoe_flwr.checkpoint import load_latest
 from fomoe_flwr.config import load_settings
-from fomoe_flwr.federation.loopback import Loopback
-from fomoe_flwr.federation.processes import family
-from fomoe_flwr.federation.submission import supervise
+from fomoe_flwr.federation.deployment.loopback import Loopback
+from fomoe_flwr.federation.deployment.processes import family
+from fomoe_flwr.federation.deployment.submission import supervise
 from fomoe_flwr.layout import Layout
-from fomoe_flwr.preflight import preflight
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.run.checkpoint import load_latest
+from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.preflight import preflight
 
 FAULTS = {
     "SuperLink killed": 5,

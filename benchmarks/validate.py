@@ -41,12 +41,12 @@ from fomoe_flwr.federation.apps import client_app
 from fomoe_flwr.federation.in_process import run_in_process
 from fomoe_flwr.federation.in_process_grid import InProcessGrid
 from fomoe_flwr.federation.server import serve
-from fomoe_flwr.inner_state import InnerState
 from fomoe_flwr.layout import Layout, draw_layout
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.training import make_optimizer, train
+from fomoe_flwr.worker.inner_state import InnerState
+from fomoe_flwr.worker.training import make_optimizer, train
 
 TINY = (
     "preset=tiny",

@@ -19,6 +19,7 @@ from flwr.app import Message, MessageType
 from torch import Tensor
 
 from fomoe_flwr import files
+from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings, check, load_settings
 from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import client, wire
@@ -31,10 +32,9 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import StateSpec, state_of
-from fomoe_flwr.outer import OuterStep
-from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
-from fomoe_flwr.training import LocalReport
-from fomoe_flwr.worker import RoundResult, RoundTask
+from fomoe_flwr.parameters.fragments import fragment_of_round, moments_of_round
+from fomoe_flwr.worker.round import RoundResult, RoundTask
+from fomoe_flwr.worker.training import LocalReport
 
 Weights = dict[str, Tensor]
 

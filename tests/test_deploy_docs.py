@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fomoe_flwr.federation.processes import family
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.federation.deployment.processes import family
+from fomoe_flwr.run.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from fomoe_flwr.cli import _parser
+from fomoe_flwr.cli.main import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fomoe_flwr.codecs.sizes import CHUNK, CODECS, FLOATS, INTEGERS, Codec, CodecPair
-from fomoe_flwr.routing import RoutingMode
+from fomoe_flwr.parameters.keys import RoutingMode
 
 
 def _number(

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 from fomoe_flwr.config import ModelSettings, Settings
+from fomoe_flwr.config.execution import CHUNK_BYTES, is_compiled, is_loss_chunked
 from fomoe_flwr.costs.counts import parameter_counts
 from fomoe_flwr.costs.memory import WEIGHT_BYTES, memory_bytes
-from fomoe_flwr.execution_choice import CHUNK_BYTES, is_compiled, is_loss_chunked
-from fomoe_flwr.shapes import head_size, latent_sizes
+from fomoe_flwr.parameters.shapes import head_size, latent_sizes
 
 _FP32, _BF16 = 4, 2
 _ID = 2

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.layout import Layout
-from fomoe_flwr.routing import RoutingMode, has_layer, is_expert_key
-from fomoe_flwr.shapes import one_layer_shapes
+from fomoe_flwr.parameters.keys import RoutingMode, has_layer, is_expert_key
+from fomoe_flwr.parameters.shapes import one_layer_shapes
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.costs.counts import expert_weights
 from fomoe_flwr.layout import Layout
-from fomoe_flwr.routing import RoutingMode, has_layer, is_router_key
-from fomoe_flwr.shapes import head_size, latent_sizes, one_layer_shapes
+from fomoe_flwr.parameters.keys import RoutingMode, has_layer, is_router_key
+from fomoe_flwr.parameters.shapes import head_size, latent_sizes, one_layer_shapes
 
 TRAINING_FACTOR = 3
 """Training FLOPs over forward FLOPs: the backward pass has two products for each one."""

@@ -10,7 +10,7 @@ from fomoe_flwr.config import Settings, SettingsError
 from fomoe_flwr.costs.counts import parameter_counts
 from fomoe_flwr.costs.traffic import RoundBytes, num_buffers
 from fomoe_flwr.layout import LayoutContext
-from fomoe_flwr.synchronisation import MOMENTS
+from fomoe_flwr.parameters.fragments import MOMENTS
 
 STATE_BYTES = {"adamw": 16, "sgd": 8}
 """fp32 training state, bytes a parameter: weight and gradient, and for AdamW its two moments."""

@@ -12,9 +12,9 @@ from fomoe_flwr.costs.counts import parameter_counts, resident_counts
 from fomoe_flwr.costs.topology import ring_factor, ring_round
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.layout.context import begins_period
-from fomoe_flwr.routing import is_expert_key, layer_of
-from fomoe_flwr.shapes import buffer_shapes, parameter_shapes
-from fomoe_flwr.synchronisation import fragment_of_round, fragment_rows, moments_of_round
+from fomoe_flwr.parameters.fragments import fragment_of_round, fragment_rows, moments_of_round
+from fomoe_flwr.parameters.keys import is_expert_key, layer_of
+from fomoe_flwr.parameters.shapes import buffer_shapes, parameter_shapes
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run config -> settings -> checks -> server."""
     from fomoe_flwr.federation.run_config import settings_of
     from fomoe_flwr.federation.server import serve
-    from fomoe_flwr.preflight import preflight
+    from fomoe_flwr.run.preflight import preflight
 
     settings = settings_of(context.run_config)
     preflight(settings)

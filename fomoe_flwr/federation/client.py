@@ -21,10 +21,10 @@ from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.wire import TaskHeader, WireError
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.state import StateSpec
-from fomoe_flwr.node_memory import capacity_gib
-from fomoe_flwr.worker import RoundResult, RoundTask, pick_device, run_round
-from fomoe_flwr.worker_cache import CACHE
-from fomoe_flwr.worker_team import TEAM, team_size
+from fomoe_flwr.worker.cache import CACHE
+from fomoe_flwr.worker.device import capacity_gib
+from fomoe_flwr.worker.multi_gpu import TEAM, team_size
+from fomoe_flwr.worker.round import RoundResult, RoundTask, pick_device, run_round
 
 
 def answer_query(content: RecordDict, context: Context) -> RecordDict:

@@ -13,7 +13,11 @@ from pathlib import Path
 from flwr.app import Message
 from torch import Tensor
 
-from fomoe_flwr.aggregation import HolderMean
+from fomoe_flwr.aggregation.holder_mean import HolderMean
+from fomoe_flwr.aggregation.norm_limits import NormLimits
+from fomoe_flwr.aggregation.outer_step import OuterStep
+from fomoe_flwr.aggregation.privacy import NoiseSource, add_noise, clip
+from fomoe_flwr.aggregation.robust_mean import RobustMean
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.wire import WireError
@@ -21,11 +25,7 @@ from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import State, StateSpec
-from fomoe_flwr.norm_limits import NormLimits
-from fomoe_flwr.outer import OuterStep
-from fomoe_flwr.privacy import NoiseSource, add_noise, clip
-from fomoe_flwr.robust_mean import RobustMean
-from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
+from fomoe_flwr.parameters.fragments import fragment_of_round, moments_of_round
 
 REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction", "grad_norm", "lr")
 """Metrics that a reply must carry; `balance_loss` and the fresh-state counts are welcome."""

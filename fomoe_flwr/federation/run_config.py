@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fomoe_flwr.config import Settings, SettingsError, load_settings
-from fomoe_flwr.run_directory import default_output_dir
+from fomoe_flwr.run.directory import default_output_dir
 
 EVERYDAY = {
     "preset": "preset",

@@ -18,13 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fomoe_flwr import costs, report
-from fomoe_flwr.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    load_latest,
-    save_checkpoint,
-    stored_rounds,
-)
+from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings, SettingsError
 from fomoe_flwr.data.source import evaluation_blocks, prepare_tokenizer
 from fomoe_flwr.data.tokenizer import (
@@ -34,21 +28,27 @@ from fomoe_flwr.data.tokenizer import (
     tokenizer_json,
 )
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
-from fomoe_flwr.evaluation import EvalReport, evaluate, sample_text, unigram_entropy
-from fomoe_flwr.export import assemble, export_model
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
 from fomoe_flwr.federation.strategy import FoMoEStrategy
 from fomoe_flwr.files import keep_newest, save_text
-from fomoe_flwr.heartbeat import Heartbeat
 from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.pretrained import read_pretrained
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.state import StateSpec, load_state, state_of
-from fomoe_flwr.outer import OuterStep
-from fomoe_flwr.pretrained import read_pretrained
-from fomoe_flwr.run_directory import RunDirectory
-from fomoe_flwr.tracking import Tracker
+from fomoe_flwr.run.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_latest,
+    save_checkpoint,
+    stored_rounds,
+)
+from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.evaluation import EvalReport, evaluate, sample_text, unigram_entropy
+from fomoe_flwr.run.export import assemble, export_model
+from fomoe_flwr.run.heartbeat import Heartbeat
+from fomoe_flwr.run.tracking import Tracker
 
 
 @dataclass

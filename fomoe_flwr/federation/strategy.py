@@ -19,22 +19,22 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from fomoe_flwr.aggregation.norm_limits import NormLimits
+from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import expert_room, layout_context
 from fomoe_flwr.errors import RunError, one_line
 from fomoe_flwr.federation.accounting import open_ledger
 from fomoe_flwr.federation.attendance import Attendance
-from fomoe_flwr.federation.memory import Memory
 from fomoe_flwr.federation.replies import ReplyReader, RoundMeans
 from fomoe_flwr.federation.round_record import RoundRecord
+from fomoe_flwr.federation.round_state import Memory
 from fomoe_flwr.federation.seats import POLL_SECONDS, RunIdentity, Seats, push
 from fomoe_flwr.federation.tasks import TaskWriter
 from fomoe_flwr.federation.waiting import Waiting
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.layout import Layout, Rehomed, check_layout, draw_layout, settle
 from fomoe_flwr.model.state import StateSpec
-from fomoe_flwr.norm_limits import NormLimits
-from fomoe_flwr.outer import OuterStep
 
 
 class FederationError(RunError):

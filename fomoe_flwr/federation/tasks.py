@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from flwr.app import Array, Message, MessageType, RecordDict
 from torch import Tensor
 
+from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.codecs.vectors import seed_of
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import wire
-from fomoe_flwr.federation.memory import Memory
+from fomoe_flwr.federation.round_state import Memory
 from fomoe_flwr.federation.seats import RunIdentity
 from fomoe_flwr.federation.wire import TaskHeader
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.state import State, StateSpec
-from fomoe_flwr.outer import OuterStep
-from fomoe_flwr.synchronisation import fragment_of_round, moments_of_round
+from fomoe_flwr.parameters.fragments import fragment_of_round, moments_of_round
 
 
 class TaskWriter:

@@ -21,7 +21,7 @@ from fomoe_flwr.codecs import vectors as codecs
 from fomoe_flwr.codecs.errors import CodecError
 from fomoe_flwr.codecs.sizes import Codec, CodecPair
 from fomoe_flwr.model.router_probe import RoutingCounts
-from fomoe_flwr.synchronisation import MOMENTS
+from fomoe_flwr.parameters.fragments import MOMENTS
 
 STYPE = "fomoe.flat"
 KINDS = ("shared", "experts", "moments", "overhead")

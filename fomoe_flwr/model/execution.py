@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fomoe_flwr.config import ExecutionSettings
-from fomoe_flwr.execution_choice import is_compiled, is_loss_chunked
+from fomoe_flwr.config.execution import is_compiled, is_loss_chunked
 from fomoe_flwr.model.attention import attend_to_full_windows
 from fomoe_flwr.model.experts import set_core
 from fomoe_flwr.model.residency import moe_blocks

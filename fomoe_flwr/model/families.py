@@ -27,7 +27,7 @@ from transformers import (
 
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model.fomoe import FomoeConfig, FomoeForCausalLM
-from fomoe_flwr.shapes import head_size, latent_sizes
+from fomoe_flwr.parameters.shapes import head_size, latent_sizes
 
 
 def _olmoe(model: ModelSettings) -> dict[str, Any]:

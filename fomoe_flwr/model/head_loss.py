@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fomoe_flwr.execution_choice import CHUNK_BYTES
+from fomoe_flwr.config.execution import CHUNK_BYTES
 
 try:
     from fomoe_flwr.model.cross_entropy_kernel import cross_entropy_rows as _rows_on_gpu

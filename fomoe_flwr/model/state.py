@@ -22,8 +22,8 @@ from transformers import PreTrainedConfig
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.shards import fill
-from fomoe_flwr.routing import is_expert_key, layer_of
-from fomoe_flwr.synchronisation import fragment_rows
+from fomoe_flwr.parameters.fragments import fragment_rows
+from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 
 State = Mapping[str, Tensor]
 

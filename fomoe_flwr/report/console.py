@@ -10,10 +10,10 @@ from rich.table import Table
 
 from fomoe_flwr import costs
 from fomoe_flwr.config import Settings
-from fomoe_flwr.evaluation import EvalReport
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.report.units import count, number, size
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.evaluation import EvalReport
 
 _WIDTH = 110
 

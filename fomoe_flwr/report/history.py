@@ -10,7 +10,7 @@ from typing import Any
 from fomoe_flwr import costs
 from fomoe_flwr.config import Settings, read_settings
 from fomoe_flwr.layout import Layout
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.run.directory import RunDirectory
 
 Points = list[tuple[float, float]]
 

@@ -6,7 +6,7 @@ import time
 import warnings
 from pathlib import Path
 
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.run.directory import RunDirectory
 
 _REFRESH_SECONDS = 30.0
 _SHARE = 0.05

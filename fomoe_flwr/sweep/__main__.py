@@ -2,6 +2,6 @@
 
 import sys
 
-from fomoe_flwr.cli import main
+from fomoe_flwr.cli.main import main
 
 sys.exit(main(["sweep", *sys.argv[1:]]))

@@ -94,7 +94,7 @@ def train(_: DictConfig) -> float:
 def _gather(directory: SweepDirectory) -> None:
     """Bring table and report up to date."""
     # matplotlib is slow to import, and a refused sweep draws nothing.
-    from fomoe_flwr.report.sweep_page import sweep_page
+    from fomoe_flwr.sweep.page import sweep_page
 
     write_table(directory)
     try:

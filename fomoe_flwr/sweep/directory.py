@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fomoe_flwr.config import SettingsError
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.sweep.job import JobRecord, read_record
 from fomoe_flwr.sweep.plan import Job, Plan
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from fomoe_flwr.checkpoint import stored_rounds
 from fomoe_flwr.federation.run_config import quoted
 from fomoe_flwr.files import save_json
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.run.checkpoint import stored_rounds
+from fomoe_flwr.run.directory import RunDirectory
 
 _RECORD, _LOG = "job.json", "job.log"
 

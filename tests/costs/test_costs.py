@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fomoe_flwr import costs, shapes
+from fomoe_flwr import costs
 from fomoe_flwr.config import (
     LayoutSettings,
     ModelSettings,
@@ -25,7 +25,8 @@ from fomoe_flwr.config import (
 from fomoe_flwr.layout import Layout, draw_layout
 from fomoe_flwr.model.families import FAMILIES, model_class, transformers_config
 from fomoe_flwr.model.state import state_of
-from fomoe_flwr.routing import is_expert_key
+from fomoe_flwr.parameters import shapes
+from fomoe_flwr.parameters.keys import is_expert_key
 
 SHAPES: list[dict[str, Any]] = [
     {},

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fomoe_flwr.cli import main
-from fomoe_flwr.cost_picture import overlaps_of
+from fomoe_flwr.cli.main import main
+from fomoe_flwr.report.cost_curves import overlaps_of
 
 HEAVY = ("torch", "transformers", "flwr", "numpy", "matplotlib", "ray", "datasets")
 
@@ -33,7 +33,7 @@ def test_the_answer_loads_nothing_heavy(command: str, tmp_path: Path) -> None:
     sites.write_text(f"sites: [{entry}]")
     words = ["plan", str(sites)] if command == "plan" else ["costs", "--explain"]
     code = (
-        "import sys; from fomoe_flwr.cli import main;"
+        "import sys; from fomoe_flwr.cli.main import main;"
         f"status = main({[*words, 'model=paper-2b']!r});"
         f"print(status, sorted(set({HEAVY!r}) & set(sys.modules)))"
     )

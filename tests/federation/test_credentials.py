@@ -15,8 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fomoe_flwr.cli import main
-from fomoe_flwr.federation.credentials import (
+from fomoe_flwr.cli.main import main
+from fomoe_flwr.federation.deployment.credentials import (
     CredentialsError,
     make_authority,
     make_node_key,

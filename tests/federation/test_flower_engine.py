@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fomoe_flwr.cli import main
-from fomoe_flwr.federation.launch import project_root
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.cli.main import main
+from fomoe_flwr.federation.deployment.launch import project_root
+from fomoe_flwr.run.directory import RunDirectory
 
 
 def words(small_text: Path) -> list[str]:

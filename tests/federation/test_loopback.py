@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from fomoe_flwr.cli import main
-from fomoe_flwr.federation.credentials import make_authority, make_node_key
-from fomoe_flwr.federation.loopback import Loopback, end_federation
-from fomoe_flwr.federation.processes import family, free_port, start, tool
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.cli.main import main
+from fomoe_flwr.federation.deployment.credentials import make_authority, make_node_key
+from fomoe_flwr.federation.deployment.loopback import Loopback, end_federation
+from fomoe_flwr.federation.deployment.processes import family, free_port, start, tool
+from fomoe_flwr.run.directory import RunDirectory
 
 WORDS = [
     "preset=tiny",

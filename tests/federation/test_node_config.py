@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 
-from fomoe_flwr import worker_cache
 from fomoe_flwr.config import SettingsError, load_settings
 from fomoe_flwr.federation import client
 from fomoe_flwr.federation.client import _node_data, _with_own_words
+from fomoe_flwr.worker import cache as worker_cache
 
 
 def context(**words: Any) -> Context:

@@ -14,6 +14,7 @@ from flwr.app import Error, Message, MessageType, RecordDict
 from torch import Tensor
 
 from fomoe_flwr import __version__, costs
+from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings, load_settings
 from fomoe_flwr.data.source import prepare_tokenizer
 from fomoe_flwr.data.tokenizer import tokenizer_digest, tokenizer_json
@@ -28,9 +29,8 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import StateSpec, state_of
-from fomoe_flwr.outer import OuterStep
-from fomoe_flwr.training import LocalReport
-from fomoe_flwr.worker import RoundResult, RoundTask
+from fomoe_flwr.worker.round import RoundResult, RoundTask
+from fomoe_flwr.worker.training import LocalReport
 
 WORKERS = 3
 BAD = 1

@@ -25,18 +25,19 @@ from fomoe_flwr.errors import InputError
 from fomoe_flwr.federation.apps import client_app
 from fomoe_flwr.federation.in_process_grid import InProcessGrid
 from fomoe_flwr.federation.server import serve
-from fomoe_flwr.federation.warm import frames, greeting, handover
+from fomoe_flwr.federation.warm import frames, handover
+from fomoe_flwr.federation.warm import handshake as greeting
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
 from fomoe_flwr.federation.warm.frames import ClosedError, Frame, FrameError, receive, send
-from fomoe_flwr.federation.warm.greeting import (
+from fomoe_flwr.federation.warm.handover import NoWorkerError, TaskFailedError, hand_over
+from fomoe_flwr.federation.warm.handshake import (
     OtherCodeError,
     StrangerError,
     greet_as_giver,
     greet_as_worker,
 )
-from fomoe_flwr.federation.warm.handover import NoWorkerError, TaskFailedError, hand_over
-from fomoe_flwr.run_directory import RunDirectory
+from fomoe_flwr.run.directory import RunDirectory
 
 SCRIPT = Path(__file__).with_name("warm_worker_process.py")
 ROOT = Path(__file__).parents[2]

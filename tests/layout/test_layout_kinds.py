@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fomoe_flwr import costs
 from fomoe_flwr.config import LayoutSettings, Settings, SettingsError, load_settings
 from fomoe_flwr.layout import Layout, LayoutContext, check_layout, draw_layout
-from fomoe_flwr.preflight import preflight
+from fomoe_flwr.run.preflight import preflight
 
 
 def drawn(

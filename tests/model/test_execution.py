@@ -16,14 +16,14 @@ from fomoe_flwr.config import (
     ModelSettings,
     load_settings,
 )
-from fomoe_flwr.inner_state import InnerState
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import state_of
-from fomoe_flwr.routing import RoutingMode
-from fomoe_flwr.training import LocalReport, make_optimizer, train
+from fomoe_flwr.parameters.keys import RoutingMode
+from fomoe_flwr.worker.inner_state import InnerState
+from fomoe_flwr.worker.training import LocalReport, make_optimizer, train
 
 FAMILIES = ("olmoe", "qwen3-moe", "mixtral", "deepseek-v3", "glm4-moe", "fomoe")
 LOCAL = LocalSettings(steps=3, lr=0.05, warmup_steps=0, schedule="constant", optimizer="sgd")

@@ -24,13 +24,13 @@ from transformers import (
 
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.data.tokenizer import train_tokenizer
-from fomoe_flwr.export import export_model
 from fomoe_flwr.model import fomoe
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model, moe_blocks
 from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import state_of
-from fomoe_flwr.training import token_loss
+from fomoe_flwr.run.export import export_model
+from fomoe_flwr.worker.training import token_loss
 
 SHAPE = ModelSettings(
     family="fomoe",

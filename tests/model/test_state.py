@@ -15,8 +15,8 @@ from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import Entry, StateSpec, load_state, overlay, state_of
-from fomoe_flwr.routing import RoutingMode
-from fomoe_flwr.shapes import buffer_shapes, parameter_shapes
+from fomoe_flwr.parameters.keys import RoutingMode
+from fomoe_flwr.parameters.shapes import buffer_shapes, parameter_shapes
 
 SHAPE = ModelSettings(
     num_layers=2,

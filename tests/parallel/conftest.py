@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from fomoe_flwr.worker_team import WorkerTeam
+    from fomoe_flwr.worker.multi_gpu import WorkerTeam
 
 
 @pytest.fixture(scope="package")
 def team() -> Iterator[WorkerTeam]:
     """Return processes that train rounds."""
     # Imported here: on a machine for GPU tests there need be no library for text.
-    from fomoe_flwr.worker_team import WorkerTeam
+    from fomoe_flwr.worker.multi_gpu import WorkerTeam
 
     made = WorkerTeam()
     yield made

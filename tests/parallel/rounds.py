@@ -16,9 +16,9 @@ from fomoe_flwr.data.tokenizer import tokenizer_json
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import StateSpec, state_of
-from fomoe_flwr.worker import RoundResult, RoundTask, run_round
-from fomoe_flwr.worker_cache import CACHE
-from fomoe_flwr.worker_team import WorkerTeam
+from fomoe_flwr.worker.cache import CACHE
+from fomoe_flwr.worker.multi_gpu import WorkerTeam
+from fomoe_flwr.worker.round import RoundResult, RoundTask, run_round
 
 UNEVEN: Residents = ((0, 1, 2, 4, 5), (3,))
 """Five residents do not divide by two, and one leaves a process without any."""

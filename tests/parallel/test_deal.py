@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fomoe_flwr.config import LocalSettings, SettingsError, check
 from fomoe_flwr.parallel.choice import choose, num_processes
 from fomoe_flwr.parallel.deal import Deal, most_processes
-from fomoe_flwr.preflight import preflight
+from fomoe_flwr.run.preflight import preflight
 
 sizes = st.integers(1, 12)
 

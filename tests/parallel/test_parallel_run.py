@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fomoe_flwr.cli import main
-from fomoe_flwr.worker_team import TEAM
+from fomoe_flwr.cli.main import main
+from fomoe_flwr.worker.multi_gpu import TEAM
 
 
 @pytest.fixture(autouse=True)

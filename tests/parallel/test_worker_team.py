@@ -15,10 +15,10 @@ from rounds import UNEVEN, Rounds, assert_close
 
 from fomoe_flwr.data import DataError
 from fomoe_flwr.model.residency import Residents
-from fomoe_flwr.training import TrainingError
-from fomoe_flwr.worker import LostStateError, RoundResult
-from fomoe_flwr.worker_cache import CACHE
-from fomoe_flwr.worker_team import WorkerTeam, team_size
+from fomoe_flwr.worker.cache import CACHE
+from fomoe_flwr.worker.multi_gpu import WorkerTeam, team_size
+from fomoe_flwr.worker.round import LostStateError, RoundResult
+from fomoe_flwr.worker.training import TrainingError
 
 WHOLE_MICRO_BATCHES = "local.accumulate=2"
 NONE_IN_A_LAYER: Residents = ((), (0, 3, 5))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fomoe_flwr import costs
-from fomoe_flwr.cli import main
+from fomoe_flwr.cli.main import main
 from fomoe_flwr.config import SettingsError, expand_files, load_settings
 from fomoe_flwr.costs import Site
 from fomoe_flwr.federation.run_config import settings_of

@@ -26,7 +26,7 @@ from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
 from fomoe_flwr.federation.warm.frames import ClosedError, Frame, FrameError, receive, send
-from fomoe_flwr.federation.warm.greeting import (
+from fomoe_flwr.federation.warm.handshake import (
     END,
     OtherCodeError,
     StrangerError,

@@ -21,7 +21,7 @@ from fomoe_flwr.errors import RunError, one_line
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
 from fomoe_flwr.federation.warm.frames import Frame, FrameError, receive, send
-from fomoe_flwr.federation.warm.greeting import END, StrangerError, code, greet_as_worker
+from fomoe_flwr.federation.warm.handshake import END, StrangerError, code, greet_as_worker
 
 Answer = Callable[[RecordDict, Context], RecordDict]
 

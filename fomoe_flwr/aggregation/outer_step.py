@@ -1,0 +1,116 @@
+"""The outer step: what the server does with the averaged pseudo-gradient of each key.
+
+A pseudo-gradient is global minus local weights, so the plain average is `theta - lr * mean` with
+lr 1. Outer state belongs to the key: an expert that nobody returned keeps value and momentum, and a
+reshuffle changes neither. LocalAdamW and DES-LOC average Adam's moments as well; the server keeps
+them, so that a worker that newly holds an expert gets its moments along.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fomoe_flwr.aggregation.holder_mean import HolderMean
+from fomoe_flwr.codecs.slabs import slabs
+from fomoe_flwr.config import OuterSettings
+from fomoe_flwr.model.state import Entry, State
+from fomoe_flwr.parameters.fragments import MOMENTS
+from fomoe_flwr.parameters.keys import layer_of
+
+
+class OuterStep:
+    """The step of `outer.name`, per key over its holders."""
+
+    def __init__(self, settings: OuterSettings) -> None:
+        self.settings = settings
+        self.momentum: dict[str, Tensor] = {}
+        """Nesterov's velocity by state key."""
+        self.moments: dict[str, dict[str, Tensor]] = {name: {} for name in MOMENTS}
+        """Adam's averaged moments by name and state key; empty before their first averaging."""
+
+    def apply(self, state: State, mean: HolderMean) -> None:
+        """Update the global state in place; keys and experts without a reply stay as they are."""
+        settings = self.settings
+        with torch.no_grad():
+            for entry, rows, gradient in _means(mean):
+                is_expert = rows is not None
+                lr = settings.expert_lr if is_expert and settings.expert_lr else settings.lr
+                velocity = None
+                if settings.name == "nesterov" and settings.momentum > 0:
+                    whole = self.momentum.setdefault(entry.key, torch.zeros_like(state[entry.key]))
+                    velocity = entry.of({entry.key: whole})
+                for row in range(1) if rows is None else rows.tolist():
+                    self._update(
+                        _flat(entry.of(state), row, rows),
+                        _flat(gradient, row, rows),
+                        None if velocity is None else _flat(velocity, row, rows),
+                        lr,
+                        _sqrt_replies(mean, entry, row, rows) if settings.sqrt_holders else 1.0,
+                    )
+
+    def average_moment(self, name: str, mean: HolderMean, state: State) -> None:
+        """Take the workers' mean of one of Adam's moments; what nobody returned stays."""
+        stored = self.moments[name]
+        for entry, rows, value in _means(mean):
+            full = stored.setdefault(entry.key, torch.zeros_like(state[entry.key]))
+            target = entry.of({entry.key: full})
+            if rows is None:
+                target.copy_(value)
+            else:
+                target[rows] = value[rows]
+
+    def _update(
+        self, value: Tensor, gradient: Tensor, velocity: Tensor | None, lr: float, scale: float
+    ) -> None:
+        """Step as `torch.optim.SGD(nesterov=True)` does: v = mu v + g; theta -= lr (g + mu v).
+
+        On flat views, in slabs that stay in cache.
+        """
+        mu = self.settings.momentum
+        for part in slabs(value.numel()):
+            step = gradient[part] if scale == 1 else gradient[part] * scale
+            if velocity is not None:
+                velocity[part].mul_(mu).add_(step)
+                step = step.add(velocity[part], alpha=mu)
+            value[part].add_(step, alpha=-lr)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the outer state for a checkpoint."""
+        stored = {f"momentum/{key}": value for key, value in self.momentum.items()}
+        for name, moments in self.moments.items():
+            stored |= {f"{name}/{key}": value for key, value in moments.items()}
+        return stored
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the outer state of a checkpoint."""
+        self.momentum, self.moments = {}, {name: {} for name in MOMENTS}
+        for name, value in tensors.items():
+            kind, _, key = name.partition("/")
+            target = self.momentum if kind == "momentum" else self.moments[kind]
+            target[key] = value.clone()
+
+
+def _means(mean: HolderMean) -> Iterator[tuple[Entry, Tensor | None, Tensor]]:
+    """Yield (entry, its returned rows or None for the whole, mean of all rows)."""
+    shared = mean.shared_means()
+    for entry in mean.spec.shared:
+        if entry.key in shared:
+            yield entry, None, shared[entry.key]
+    for entry in mean.row_entries:
+        rows = mean.returned(layer_of(entry.key))
+        if len(rows):
+            yield entry, rows, mean.rows[entry.key]
+
+
+def _flat(tensor: Tensor, row: int, rows: Tensor | None) -> Tensor:
+    return (tensor if rows is None else tensor[row]).view(-1)
+
+
+def _sqrt_replies(mean: HolderMean, entry: Entry, row: int, rows: Tensor | None) -> float:
+    if rows is None:
+        return math.sqrt(mean.shared_count)
+    return math.sqrt(mean.expert_count[layer_of(entry.key), row])

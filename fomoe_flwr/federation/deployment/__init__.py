@@ -1,0 +1,1 @@
+"""A federation of real processes: credentials, SuperLink, SuperNodes, and runs on them."""

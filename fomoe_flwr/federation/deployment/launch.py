@@ -1,0 +1,140 @@
+"""Run the same two apps on Flower's simulation engine: `flwr run`, with its environment set up.
+
+A SuperLink of our own is started for the run, with a state folder inside the run directory and a
+free port, so that no other run's process is met and nothing is left behind. Whether the run
+succeeded is read from its summary: `flwr run --stream` exits 0 even when a run failed.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from fomoe_flwr.config import PATHS, Settings, SettingsError
+from fomoe_flwr.federation.deployment.processes import (
+    end_family,
+    environment,
+    free_port,
+    start,
+    tool,
+    wait_until_healthy,
+)
+from fomoe_flwr.federation.run_config import quoted
+from fomoe_flwr.files import save_text
+from fomoe_flwr.run.directory import RunDirectory
+
+_START_SECONDS = 60.0
+_CONNECTION = "fomoe"
+
+
+def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
+    """Run on the simulation engine; return whether all rounds were done.
+
+    `overrides` are those that gave `settings`.
+    """
+    root = project_root()
+    run = RunDirectory(Path(settings.output_dir))
+    home = run.path / "flower"
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    save_text(
+        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\n',
+        home / "config.toml",
+    )
+    run_config = home / "run_config.toml"
+    write_run_config(run_config, settings, overrides, run.workers)
+    variables, log = environment(home, home), home / "superlink.log"
+    link = start(_link_command(port), variables, home, log)
+    try:
+        wait_until_healthy(
+            f"127.0.0.1:{port}", None, lambda: link.poll() is None, log, _START_SECONDS
+        )
+        limits = settings.federation
+        federation = (
+            f"num-supernodes={settings.layout.num_workers} "
+            f"client-resources-num-cpus={limits.cpus_per_worker} "
+            f"client-resources-num-gpus={limits.gpus_per_worker}"
+        )
+        command = [
+            tool("flwr"),
+            "run",
+            str(root),
+            _CONNECTION,
+            "--stream",
+            "--run-config",
+            str(run_config),
+            "--federation-config",
+            federation,
+        ]
+        print("+ " + shlex.join(command), flush=True)
+        subprocess.run(command, env=variables, cwd=run.path, check=False)
+    finally:
+        end_family(home)
+    return is_complete(settings)
+
+
+def write_run_config(
+    path: Path, settings: Settings, overrides: Sequence[str], state_dir: Path | None = None
+) -> None:
+    """Write what `flwr run --run-config` takes for these settings.
+
+    `state_dir` is where workers shall keep their state, if that is not for the nodes to say.
+    """
+    text = f"overrides = {_toml(shlex.join(words_for(settings, overrides)))}\n"
+    if state_dir is not None:
+        text += f"state-dir = {_toml(str(state_dir))}\n"
+    save_text(text, path)
+
+
+def is_complete(settings: Settings) -> bool:
+    """Tell from a run's summary whether all of its rounds were done."""
+    summary = RunDirectory(Path(settings.output_dir)).read_summary()
+    return summary.get("status") == "completed" and summary.get("rounds_done") == settings.rounds
+
+
+def words_for(settings: Settings, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of the run: those given, with paths that hold in any process."""
+    paths = (
+        {"resume": settings.resume}
+        if settings.resume
+        else {
+            "output_dir": settings.output_dir,
+            **{f"{part}.{key}": getattr(getattr(settings, part), key) for part, key in PATHS},
+            "layout.path": settings.layout.path,
+        }
+    )
+    named = ("engine=", *(f"{key}=" for key in paths))
+    return [
+        *(word for word in overrides if not word.startswith(named)),
+        *(f"{key}={quoted(path)}" for key, path in paths.items()),
+        "engine=flower",
+    ]
+
+
+def project_root() -> Path:
+    """Return the checkout that `flwr run` bundles. Raises SettingsError without one."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "server_app.py").is_file() or not (root / "pyproject.toml").is_file():
+        raise SettingsError(
+            "engine=flower bundles the project's source folder and none is installed beside "
+            f"{root}: install a checkout with `pip install -e .`, or use engine=in_process"
+        )
+    return root
+
+
+def _link_command(port: int) -> list[str]:
+    return [
+        tool("flower-superlink"),
+        "--insecure",
+        "--simulation",
+        *("--isolation", "subprocess"),
+        "--disable-runtime-dependency-installation",
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+
+
+def _toml(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

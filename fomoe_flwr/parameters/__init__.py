@@ -1,0 +1,1 @@
+"""Names, shapes, sharing and fragments of parameters. No torch."""

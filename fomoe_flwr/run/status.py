@@ -1,0 +1,152 @@
+"""The state of a run, read from its directory: for a person on call, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fomoe_flwr.config import SettingsError, read_settings
+from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.heartbeat import BEAT_SECONDS
+
+_RECENT_ROUNDS = 10
+_SILENT_SECONDS = 6 * BEAT_SECONDS
+"""Without a heartbeat for so long, a run that says it runs is taken for dead."""
+
+
+def run_status(path: Path, now: float | None = None) -> dict[str, Any]:
+    """Return the state of a run as one JSON-able object. Raises SettingsError for no run."""
+    run = RunDirectory(path.expanduser().resolve())
+    if not run.config.is_file():
+        raise SettingsError(f"{path} is not a run directory: it has no config.yaml")
+    now = time.time() if now is None else now
+    settings = read_settings(run.config)
+    summary, rows = run.read_summary(), run.read_metrics()
+    beat = _read(run.heartbeat)
+    silent = now - beat["time"] if "time" in beat else None
+    state = summary.get("status", "unknown")
+    if state == "running" and (silent is None or silent > _SILENT_SECONDS):
+        state = "silent"
+    left = settings.rounds - len(rows)
+    seconds = [row["round/seconds"] for row in rows[-_RECENT_ROUNDS:]]
+    return {
+        "run": str(run.path),
+        "state": state,
+        "error": summary.get("error"),
+        "round": rows[-1]["round"] if rows else 0,
+        "rounds": settings.rounds,
+        "phase": beat.get("phase"),
+        "host": beat.get("host"),
+        "pid": beat.get("pid"),
+        "seconds_since_heartbeat": silent,
+        "seconds_left": left * statistics.median(seconds) if seconds and left else None,
+        "eval/loss": next((r["eval/loss"] for r in reversed(rows) if "eval/loss" in r), None),
+        "missing": _missing(rows, settings.layout.num_workers, now),
+        "late_replies": sum(row.get("round/late_replies", 0) for row in rows),
+        "bytes_up": sum(row["comm/bytes_up"] for row in rows),
+        "bytes_down": sum(row["comm/bytes_down"] for row in rows),
+        "disk_bytes": {
+            item.name: _size(item) for item in sorted(run.path.iterdir()) if item.is_dir()
+        },
+        "checkpoints": sorted(item.name for item in run.checkpoints.glob("round-*")),
+    }
+
+
+def show_status(status: Mapping[str, Any]) -> str:
+    """Return the state as text."""
+    lines = [
+        f"run          {status['run']}",
+        f"state        {status['state']}, round {status['round']} of {status['rounds']}"
+        + (f", {_duration(status['seconds_left'])} to go" if status["seconds_left"] else ""),
+    ]
+    if status["error"]:
+        lines.append(f"error        {status['error']}")
+    since = status["seconds_since_heartbeat"]
+    if since is not None:
+        lines.append(
+            f"heartbeat    {_duration(since)} ago, at `{status['phase']}`, "
+            f"pid {status['pid']} on {status['host']}"
+        )
+    if status["eval/loss"] is not None:
+        lines.append(f"loss         {status['eval/loss']:.4f}")
+    for gone in status["missing"]:
+        ago = "" if gone["seconds"] is None else f" ({_duration(gone['seconds'])})"
+        last = f"since round {gone['since_round']}{ago}"
+        lines.append(f"missing      worker {gone['worker']} {last}: {gone['reason']}")
+    if not status["missing"] and status["round"]:
+        lines.append("missing      nobody")
+    lines.append(
+        f"sent         {_mib(status['bytes_up'])} up, {_mib(status['bytes_down'])} down, "
+        f"{status['late_replies']} replies too late"
+    )
+    disk = status["disk_bytes"]
+    parts = ", ".join(f"{name} {_mib(size)}" for name, size in disk.items())
+    lines.append(f"disk         {_mib(sum(disk.values()))}: {parts}")
+    kept = ", ".join(status["checkpoints"]) or "none"
+    lines.append(f"checkpoints  {kept}")
+    if status["state"] in ("failed", "silent"):
+        lines.append(f"go on with   fomoe run resume={status['run']}")
+    return "\n".join(lines)
+
+
+def _missing(
+    rows: Sequence[Mapping[str, Any]], num_workers: int, now: float
+) -> list[dict[str, Any]]:
+    """List the workers that were not in the last round: since which round, and why."""
+    if not rows:
+        return []
+    found = []
+    for worker in range(num_workers):
+        absent = 0
+        for row in reversed(rows):
+            if worker in row.get("round/participants", []):
+                break
+            absent += 1
+        if not absent:
+            continue
+        last = rows[-absent - 1] if absent < len(rows) else None
+        ended = None if last is None else last.get("round/ended_unix_seconds")
+        found.append(
+            {
+                "worker": worker,
+                "since_round": rows[-absent]["round"],
+                "seconds": None if ended is None else now - ended,
+                "reason": rows[-1].get("round/failures", {}).get(str(worker), "unknown"),
+            }
+        )
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(parent) / name).stat().st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

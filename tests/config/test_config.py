@@ -1,0 +1,447 @@
+"""Settings: what composes, what is refused and in which words, and what survives a journey."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from fomoe_flwr.config import (
+    RESUMABLE_KEYS,
+    Settings,
+    SettingsError,
+    conf_dir,
+    load_settings,
+    read_settings,
+    settings_from_dict,
+)
+from fomoe_flwr.federation.run_config import EVERYDAY, settings_of
+from fomoe_flwr.layout import check_layout
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def refusal(*overrides: str) -> str:
+    """Return the one line that `overrides` are refused with."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings(overrides)
+    text = str(caught.value)
+    assert text == text.strip()
+    assert "\n" not in text
+    return text
+
+
+def known_keys(node: Any, prefix: str = "") -> Iterable[str]:
+    for item in fields(node):
+        value = getattr(node, item.name)
+        yield prefix + item.name
+        if is_dataclass(value):
+            yield from known_keys(value, f"{prefix}{item.name}.")
+
+
+@pytest.mark.parametrize("preset", choices("preset"))
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_every_preset_goes_with_every_experiment(preset: str, experiment: str) -> None:
+    settings = load_settings([f"preset={preset}", f"experiment={experiment}"])
+    assert (settings.preset, settings.experiment) == (preset, experiment)
+    check_layout(settings.layout, settings.model.num_layers, settings.model.num_experts)
+    if experiment in ("diloco", "photon"):
+        assert settings.layout.overlap == settings.layout.num_workers
+    if experiment == "centralised":
+        assert settings.layout.num_workers == 1
+    assert settings_from_dict(settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize("model", choices("model"))
+def test_every_model_composes_under_its_own_name(model: str) -> None:
+    assert load_settings([f"model={model}"]).model.name == model
+
+
+def test_the_promised_experiments_are_there() -> None:
+    assert {"centralised", "diloco", "photon", "fomoe"} <= set(choices("experiment"))
+
+
+def test_what_is_on_the_command_line_wins_over_preset_and_experiment() -> None:
+    settings = load_settings(
+        ["preset=tiny", "experiment=diloco", "outer=average", "local.steps=7", "rounds=3"]
+    )
+    assert (settings.outer.name, settings.local.steps, settings.rounds) == ("average", 7, 3)
+
+
+def test_a_full_replica_experiment_follows_the_number_of_workers() -> None:
+    settings = load_settings(["preset=tiny", "experiment=photon", "layout.num_workers=6"])
+    assert settings.layout.overlap == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("layout.overlp=2", "layout.overlp is not a setting; did you mean layout.overlap?"),
+        ("layuot.overlap=2", "layuot is not a setting; did you mean layout?"),
+        ("roundz=2", "roundz is not a setting; did you mean rounds?"),
+        ("zzz=2", "zzz is not a setting; see conf/ for all settings"),
+        ("+extra=1", "extra is not a setting; see conf/ for all settings"),
+        ("++extra=1", "extra is not a setting; see conf/ for all settings"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(override: str, text: str) -> None:
+    assert refusal(override) == text
+
+
+def test_a_key_that_is_added_inside_a_group_is_refused() -> None:
+    assert refusal("+layout.extra=1").startswith("layout.extra is not a setting")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("rounds=abc", "rounds", "abc"),
+        ("rounds=1.5", "rounds", "1.5"),
+        ("local.lr=fast", "local.lr", "fast"),
+        ("local.threads=true", "local.threads", "True"),
+        ("local.keep_inner_state=maybe", "local.keep_inner_state", "maybe"),
+        ("outer.lr=[1,2]", "outer.lr", "[1, 2]"),
+        ("local.batch_size={a:1}", "local.batch_size", "{'a': 1}"),
+        ("rounds=null", "rounds", "not Optional"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_key_and_value(override: str, key: str, value: str) -> None:
+    text = refusal(override)
+    assert text.startswith(f"{key}: ")
+    assert value in text
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("rounds=0", "rounds=0 is out of range: it must be >= 1"),
+        ("seed=-1", "seed=-1 is out of range: it must be >= 0 and < 2147483648"),
+        ("seed=2147483648", "seed=2147483648 is out of range: it must be >= 0 and < 2147483648"),
+        ("local.lr=0", "local.lr=0.0 is out of range: it must be > 0"),
+        ("local.lr=nan", "local.lr=nan is out of range: it must be > 0"),
+        ("local.lr=inf", "local.lr=inf is out of range: it must be finite and > 0"),
+        ("local.beta1=1", "local.beta1=1.0 is out of range: it must be >= 0 and < 1"),
+        ("local.beta1=nan", "local.beta1=nan is out of range: it must be >= 0 and < 1"),
+        (
+            "local.min_lr_ratio=2",
+            "local.min_lr_ratio=2.0 is out of range: it must be >= 0 and <= 1",
+        ),
+        (
+            "data.holdout_fraction=0.5",
+            "data.holdout_fraction=0.5 is out of range: it must be > 0 and < 0.5",
+        ),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_range(override: str, text: str) -> None:
+    assert refusal(override) == text
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_no_learning_rate_passes_that_is_not_finite_and_positive(value: float) -> None:
+    settings = Settings().to_dict()
+    settings["outer"]["lr"] = value
+    if 0 < value < float("inf"):
+        assert settings_from_dict(settings).outer.lr == value
+    else:
+        with pytest.raises(
+            SettingsError, match=r"^outer\.lr=.* is out of range: it must be .*> 0$"
+        ):
+            settings_from_dict(settings)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("model.routing=skip", "model.routing=skip is not one of skip_token, partitioned"),
+        ("engine=flwr", "engine=flwr is not one of in_process, flower; did you mean flower?"),
+        ("data.partition=domain", "data.partition=domain is not one of iid, by_domain"),
+        ("wire.up=float64", "wire.up=float64 is not one of float32, bfloat16, float16"),
+    ],
+)
+def test_an_unknown_choice_is_refused_with_the_choices(override: str, text: str) -> None:
+    assert refusal(override).startswith(text)
+
+
+@pytest.mark.parametrize("group", ["preset", "experiment", "model", "outer", "layout"])
+def test_an_unknown_group_choice_is_refused_with_the_choices(group: str) -> None:
+    assert refusal(f"{group}=nothing").startswith(
+        f"{group}=nothing is not one of {', '.join(choices(group))}"
+    )
+
+
+def test_a_group_choice_almost_right_gets_a_suggestion() -> None:
+    assert refusal("outer=nestrov").endswith("; did you mean nesterov?")
+
+
+@pytest.mark.parametrize(
+    "override", ["rounds", "=3", "local=5", "outer=null", "rounds=1,2", "layout.overlap=[", "~"]
+)
+def test_what_hydra_cannot_read_is_one_line_too(override: str) -> None:
+    assert refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["layout.overlap=9"], ["layout.overlap=9", "layout.num_workers >= 9", "got 4"]),
+        (
+            ["experiment=diloco", "layout.overlap=1"],
+            ["experiment=diloco", "layout.overlap=1", "layout.num_workers=4", "experiment=fomoe"],
+        ),
+        (
+            ["experiment=centralised", "layout.num_workers=3"],
+            ["experiment=centralised", "layout.num_workers=3", "must be 1"],
+        ),
+        (["model.top_k=99"], ["model.top_k=99", "model.num_experts >= 99", "got 16"]),
+        (["model.num_heads=3"], ["model.hidden_size=256", "model.num_heads", "= 6"]),
+        (["model.num_kv_heads=3"], ["model.num_kv_heads=3", "model.num_heads=4"]),
+        (
+            ["model=mixtral-tiny", "model.norm_topk=false"],
+            ["model.norm_topk=False", "must be true", "model.family=mixtral"],
+        ),
+        (
+            ["model=deepseek-v3-tiny", "model.num_kv_heads=1"],
+            ["model.num_kv_heads=1", "model.num_heads=2", "deepseek_v3"],
+        ),
+        (
+            ["model=fomoe-tiny", "model.num_kv_heads=1"],
+            ["model.num_kv_heads=1", "model.num_heads=2", "fomoe"],
+        ),
+        (
+            ["model.num_shared_experts=1"],
+            ["model.num_shared_experts=1", "must be 0", "olmoe", "deepseek_v3, glm4_moe"],
+        ),
+        (
+            [
+                "model=glm4-moe-tiny",
+                "model.routing=partitioned",
+                "layout.num_workers=12",
+                "layout.overlap=1",
+            ],
+            ["model.routing=partitioned", "glm4_moe", "two residents", ">= 2 (got 1)"],
+        ),
+        (
+            ["model=glm4-moe-tiny", "model.num_experts=1", "model.top_k=1"],
+            ["model.num_experts=1", ">= 2", "glm4_moe"],
+        ),
+        (["model.head_size=32"], ["model.head_size=32", "must be 0", "olmoe"]),
+        (["model=qwen3-moe-tiny", "model.head_size=7"], ["model.head_size=7", "even"]),
+        (
+            ["data.path=/x", "data.dataset=some/set"],
+            ["data.path=/x", "data.dataset=some/set", "contradict", "parquet|json|text"],
+        ),
+        (
+            ["federation.min_workers=9"],
+            ["federation.min_workers=9", "layout.num_workers >= 9", "got 4"],
+        ),
+    ],
+)
+def test_values_that_contradict_each_other_are_named_together(
+    overrides: list[str], named: list[str]
+) -> None:
+    text = refusal(*overrides)
+    assert [word for word in named if word not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (
+            ["layout.num_workers=5"],
+            ["model.num_experts=16", "layout.overlap=2", "layout.num_workers=5", "allow_uneven"],
+        ),
+        (
+            ["layout.num_workers=40", "layout.overlap=1"],
+            ["leave some workers without an expert", "layout.num_workers <= 16"],
+        ),
+    ],
+)
+def test_a_layout_that_cannot_be_drawn_is_refused_with_values_that_work(
+    overrides: list[str], named: list[str]
+) -> None:
+    settings = load_settings(overrides)
+    with pytest.raises(SettingsError) as caught:
+        check_layout(settings.layout, settings.model.num_layers, settings.model.num_experts)
+    assert [word for word in named if word not in str(caught.value)] == []
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def stored_run(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    run.mkdir()
+    load_settings(["preset=tiny", f"output_dir={run}", "seed=5"]).save(run / "config.yaml")
+    return run
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=3", "outer=nesterov", "local.lr=1", "preset=demo", "output_dir=/x", "+a=1"]
+)
+def test_resume_refuses_to_change_what_the_run_is(stored_run: Path, override: str) -> None:
+    key = override.lstrip("+").partition("=")[0]
+    assert refusal(f"resume={stored_run}", override) == (
+        f"{key} cannot change when a run is resumed; these can: {', '.join(RESUMABLE_KEYS)}"
+    )
+
+
+def test_resume_refuses_unknown_keys_and_wrong_values(stored_run: Path) -> None:
+    assert refusal(f"resume={stored_run}", "checkpoint.evry=3").startswith(
+        "checkpoint.evry is not a setting"
+    )
+    assert refusal(f"resume={stored_run}", "rounds=0") == (
+        "rounds=0 is out of range: it must be >= 1"
+    )
+    assert refusal(f"resume={stored_run}", "rounds=x").startswith("rounds: ")
+
+
+def test_resume_takes_everything_else_from_the_run(stored_run: Path) -> None:
+    before = read_settings(stored_run / "config.yaml")
+    settings = load_settings(
+        [f"resume={stored_run}", "rounds=9", "checkpoint.keep=5", "local.threads=1"]
+    )
+    before.rounds, before.checkpoint.keep, before.local.threads = 9, 5, 1
+    before.resume = str(stored_run)
+    assert settings == before
+
+
+def test_resume_of_something_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    assert refusal(f"resume={tmp_path}") == (
+        f"resume={tmp_path} is not a run directory: it has no config.yaml"
+    )
+
+
+def test_resume_of_a_run_with_a_damaged_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("rounds: [1", encoding="utf-8")
+    assert refusal(f"resume={tmp_path}").startswith(
+        f"cannot read settings from {tmp_path / 'config.yaml'}: "
+    )
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_settings_survive_json_and_yaml(experiment: str, tmp_path: Path) -> None:
+    settings = load_settings(
+        ["preset=tiny", f"experiment={experiment}", "local.lr=1e-05", "data.text_key='a: #b'"]
+    )
+    assert settings_from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    settings.save(tmp_path / "config.yaml")
+    assert read_settings(tmp_path / "config.yaml") == settings
+
+
+def test_settings_that_travelled_are_checked_again() -> None:
+    settings = Settings().to_dict()
+    with pytest.raises(SettingsError, match=r"^stranger is not a setting"):
+        settings_from_dict(settings | {"stranger": 1})
+    with pytest.raises(SettingsError, match=r"^rounds=0 is out of range"):
+        settings_from_dict(settings | {"rounds": 0})
+    with pytest.raises(SettingsError, match=r"^layout.overlap=9 needs"):
+        settings_from_dict(settings | {"layout": settings["layout"] | {"overlap": 9}})
+
+
+def test_conf_and_dataclasses_know_the_same_keys() -> None:
+    known = set(known_keys(Settings()))
+    for path in conf_dir().rglob("*.yaml"):
+        group = path.parent.relative_to(conf_dir()).as_posix()
+        is_global = group in ("preset", "experiment", "paper", ".")
+        content = OmegaConf.to_container(OmegaConf.load(path)) or {}
+        assert isinstance(content, dict)
+        content.pop("defaults", None)
+        # Hydra's own part, in `conf/sweep.yaml`.
+        content.pop("hydra", None)
+        prefix = "" if is_global else f"{group}."
+
+        def leaves(node: dict[Any, Any], prefix: str) -> Iterable[str]:
+            for key, value in node.items():
+                yield f"{prefix}{key}"
+                if isinstance(value, dict):
+                    yield from leaves(value, f"{prefix}{key}.")
+
+        assert set(leaves(content, prefix)) - known == set(), path
+
+
+def test_every_resumable_key_is_a_setting() -> None:
+    assert set(RESUMABLE_KEYS) <= set(known_keys(Settings()))
+
+
+def test_pyproject_declares_exactly_the_keys_that_the_apps_read() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = project["tool"]["flwr"]["app"]["config"]
+    assert set(declared) == set(EVERYDAY) | {"state-dir", "overrides"}
+    assert set(EVERYDAY.values()) <= set(known_keys(Settings()))
+    settings = settings_of(declared | {"output-dir": "/somewhere"})
+    assert settings == load_settings(["output_dir=/somewhere"])
+
+
+def test_run_config_and_command_line_give_the_same_settings() -> None:
+    run_config = {
+        "preset": "tiny",
+        "rounds": 3,
+        "seed": -1,
+        "resume": "",
+        "num-workers": 4,
+        "overlap": 2,
+        "output-dir": "/some where",
+        "overrides": "layout.kind=random data.path='/a b' outer=nesterov",
+    }
+    assert settings_of(run_config) == load_settings(
+        [
+            "preset=tiny",
+            "rounds=3",
+            "layout.num_workers=4",
+            "layout.overlap=2",
+            "output_dir='/some where'",
+            "layout.kind=random",
+            "data.path='/a b'",
+            "outer=nesterov",
+        ]
+    )
+
+
+def test_overrides_that_cannot_be_split_are_refused() -> None:
+    with pytest.raises(SettingsError, match="cannot be split into words"):
+        settings_of({"overrides": "data.path='/a"})
+
+
+def test_importing_config_loads_neither_torch_nor_flower() -> None:
+    code = (
+        "import sys, fomoe_flwr.config, fomoe_flwr.layout, fomoe_flwr.costs, fomoe_flwr.cli;"
+        "print(sorted({'torch', 'flwr', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["execution.cuda_graph=true"],
+            "execution.cuda_graph=true needs local.precision=bfloat16 or bfloat16_parameters "
+            "(got float32): in fp32 PyTorch's grouped products wait for the device",
+        ),
+        (
+            ["execution.cuda_graph=true", "local.precision=bfloat16", "execution.experts=fused"],
+            "execution.cuda_graph=true needs execution.experts=static or auto (got fused): the "
+            "other cores wait for the device",
+        ),
+        (
+            ["execution.loss=half"],
+            "execution.loss=half is not one of auto, whole, chunked",
+        ),
+    ],
+)
+def test_executions_that_cannot_be(words: list[str], expected: str) -> None:
+    assert refusal("preset=tiny", *words).startswith(expected)
