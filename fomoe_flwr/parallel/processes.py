@@ -2,8 +2,8 @@
 
 They are started by `python -m MODULE`, neither forked nor through pickle: the starter may be a Ray
 actor, a process of Flower or a warm worker, with threads, a GPU or a main module of its own. A job
-and its answer are JSON on pipes of their own. If one fails, all of
-them end: the others would wait for it for ever. If the starter dies its pipes close, and the processes end too.
+and its answer are JSON on pipes of their own. If one fails, all of them end: the others would wait
+for it for ever. If the starter dies its pipes close, and the processes end too.
 """
 
 from __future__ import annotations
