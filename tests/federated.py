@@ -33,7 +33,7 @@ from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import StateSpec, state_of
 from fomoe_flwr.parameters.fragments import fragment_of_round, moments_of_round
 from fomoe_flwr.worker.round import RoundResult, RoundTask
-from fomoe_flwr.worker.training import LocalReport
+from fomoe_flwr.worker.trainer import LocalReport
 
 Weights = dict[str, Tensor]
 

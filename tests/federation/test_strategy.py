@@ -30,7 +30,7 @@ from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import StateSpec, state_of
 from fomoe_flwr.worker.round import RoundResult, RoundTask
-from fomoe_flwr.worker.training import LocalReport
+from fomoe_flwr.worker.trainer import LocalReport
 
 WORKERS = 3
 BAD = 1
