@@ -21,6 +21,7 @@ from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.wire import TaskHeader, WireError
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 from fomoe_flwr.worker.cache import CACHE
 from fomoe_flwr.worker.device import capacity_gib
 from fomoe_flwr.worker.multi_gpu import TEAM, team_size
@@ -133,7 +134,7 @@ def _reply(
         {wire.METRICS: wire.metrics_record(metrics), wire.TASK: wire.json_record(answered)}
     )
     gradient = (result.shared, result.experts)
-    for name, (shared, experts) in {wire.PSEUDO_GRADIENT: gradient, **result.moments}.items():
+    for name, (shared, experts) in {PSEUDO_GRADIENT: gradient, **result.moments}.items():
         arrays = wire.encode_pair(shared, experts, task.settings.wire.codecs_up, task.seed)
         content[name] = wire.arrays_of(*arrays)
     return content

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fomoe_flwr.federation.replies import Reply
+from fomoe_flwr.aggregation.round_means import Reply
 from fomoe_flwr.federation.wire import Traffic
 from fomoe_flwr.layout import Layout, Rehomed
 from fomoe_flwr.model.router_probe import RoutingCounts

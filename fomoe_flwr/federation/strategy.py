@@ -21,12 +21,13 @@ from torch import Tensor
 
 from fomoe_flwr.aggregation.norm_limits import NormLimits
 from fomoe_flwr.aggregation.outer_step import OuterStep
+from fomoe_flwr.aggregation.round_means import RoundMeans
 from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import expert_room, layout_context
 from fomoe_flwr.errors import RunError, one_line
 from fomoe_flwr.federation.accounting import open_ledger
 from fomoe_flwr.federation.attendance import Attendance
-from fomoe_flwr.federation.replies import ReplyReader, RoundMeans
+from fomoe_flwr.federation.replies import ReplyReader
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.round_state import Memory
 from fomoe_flwr.federation.seats import POLL_SECONDS, RunIdentity, Seats, push

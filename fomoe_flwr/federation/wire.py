@@ -21,7 +21,7 @@ from fomoe_flwr.codecs import vectors as codecs
 from fomoe_flwr.codecs.errors import CodecError
 from fomoe_flwr.codecs.sizes import Codec, CodecPair
 from fomoe_flwr.model.router_probe import RoutingCounts
-from fomoe_flwr.parameters.fragments import MOMENTS
+from fomoe_flwr.parameters.fragments import MOMENTS, PSEUDO_GRADIENT
 
 STYPE = "fomoe.flat"
 KINDS = ("shared", "experts", "moments", "overhead")
@@ -32,13 +32,7 @@ Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 Seed = Callable[[str], int]
 """From the name of a vector to the seed of what is rounded by chance in it."""
 
-WEIGHTS, PSEUDO_GRADIENT, TASK, METRICS, SETUP = (
-    "weights",
-    "pseudo_gradient",
-    "task",
-    "metrics",
-    "setup",
-)
+WEIGHTS, TASK, METRICS, SETUP = "weights", "task", "metrics", "setup"
 VECTORS = ("shared", "experts")
 
 

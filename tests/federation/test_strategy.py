@@ -29,6 +29,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import StateSpec, state_of
+from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 from fomoe_flwr.worker.round import RoundResult, RoundTask
 from fomoe_flwr.worker.training import LocalReport
 
@@ -145,7 +146,7 @@ class Sent:
     def update(self, settings: Settings, spec: StateSpec) -> tuple[Tensor, Tensor, float]:
         assert self.reply is not None
         content = self.reply.content
-        record = content.array_records[wire.PSEUDO_GRADIENT]
+        record = content.array_records[PSEUDO_GRADIENT]
         shared, experts = (
             wire.decode(record[key], settings.wire.up, record[key].shape[0]) for key in wire.VECTORS
         )
@@ -224,13 +225,13 @@ def with_arrays(
 ) -> list[Message]:
     """Answer like `reply` but with other arrays; the true reply stays as it was."""
     content = RecordDict(dict(reply.content))
-    record = wire.arrays_of(*(reply.content.array_records[wire.PSEUDO_GRADIENT].values()))
+    record = wire.arrays_of(*(reply.content.array_records[PSEUDO_GRADIENT].values()))
     changed = change(dict(record))
     for key in list(record):
         del record[key]
     for key, value in changed.items():
         record[key] = value
-    content[wire.PSEUDO_GRADIENT] = record
+    content[PSEUDO_GRADIENT] = record
     return [Message(content, reply_to=request)]
 
 
