@@ -18,7 +18,9 @@ from fomoe_flwr.data.cache import cache_dir
 from fomoe_flwr.data.source import NodeData
 from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import wire
-from fomoe_flwr.federation.wire import TaskHeader, WireError
+from fomoe_flwr.federation.routing_fields import choices_fields, counts_fields
+from fomoe_flwr.federation.task_header import TaskHeader
+from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
@@ -60,7 +62,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     header = TaskHeader.read(content)
     settings = CACHE.settings(_with_own_words(header.settings, context))
     spec = _check_spec(settings, header.spec_digest)
-    _check_ranges(header, settings)
+    header.check_ranges(settings)
     part = None if header.fragment < 0 else spec.fragment(header.fragment, settings.outer.fragments)
     carried = part or spec
     vectors = {
@@ -123,13 +125,13 @@ def _reply(
         "fresh_experts": result.num_fresh_experts,
     }
     answered = {
-        **wire.counts_fields(report.routing),
+        **counts_fields(report.routing),
         "server_round": header.server_round,
         "worker": header.worker,
         "layout_digest": header.layout_digest,
     }
     if result.choices is not None:
-        answered |= wire.choices_fields(result.choices)
+        answered |= choices_fields(result.choices)
     content = RecordDict(
         {wire.METRICS: wire.metrics_record(metrics), wire.TASK: wire.json_record(answered)}
     )
@@ -148,36 +150,6 @@ def _check_spec(settings: Settings, digest: str) -> StateSpec:
             f"server with {digest}: install the same versions of fomoe-flwr and transformers"
         )
     return spec
-
-
-def _check_ranges(header: TaskHeader, settings: Settings) -> None:
-    """Refuse a task that names a worker, expert, layer, fragment or token which the run lacks."""
-    model, workers = settings.model, settings.layout.num_workers
-    if header.worker >= workers:
-        raise WireError(f"task is for worker {header.worker}, layout.num_workers={workers}")
-    known = range(model.num_experts)
-    if len(header.residents) != model.num_layers or any(
-        list(held) != sorted(set(held) & set(known)) for held in header.residents
-    ):
-        raise WireError(
-            f"residents must be {model.num_layers} rising lists of expert ids from 0 to "
-            f"{model.num_experts - 1}"
-        )
-    if header.fragment >= settings.outer.fragments:
-        raise WireError(
-            f"task carries fragment {header.fragment}, outer.fragments={settings.outer.fragments}"
-        )
-    shares = header.pooled_share
-    if (
-        shares is not None
-        and [len(row) for row in shares] != [model.num_experts] * model.num_layers
-    ):
-        raise WireError(
-            f"pooled_share must be {model.num_layers} lists of {model.num_experts} shares"
-        )
-    unknown = max(map(max, header.probe), default=0)
-    if unknown >= model.vocab_size:
-        raise WireError(f"probe has token {unknown}, the vocabulary {model.vocab_size}")
 
 
 def _with_own_words(fields: Mapping[str, Any], context: Context) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fomoe_flwr.aggregation.round_means import Reply, RoundMeans
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import wire
+from fomoe_flwr.federation.routing_fields import choices_in, counts_in
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.state import StateSpec
@@ -50,7 +51,7 @@ class ReplyReader:
                 f"metric tokens={metrics['tokens']:g} must be > 0 and <= {most}, "
                 "what the settings give a worker in a round"
             )
-        counts = wire.counts_in(answered, self.spec.num_layers, self.spec.num_experts)
+        counts = counts_in(answered, self.spec.num_layers, self.spec.num_experts)
         most *= self.settings.model.top_k
         if bool((counts.load.sum(1) > most).any()):
             raise WireError(
@@ -59,7 +60,7 @@ class ReplyReader:
             )
         choices = None
         if self.probe is not None:
-            choices = wire.choices_in(
+            choices = choices_in(
                 answered,
                 self.spec.num_layers,
                 self.probe.numel(),

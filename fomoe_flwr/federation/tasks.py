@@ -13,7 +13,7 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.round_state import Memory
 from fomoe_flwr.federation.seats import RunIdentity
-from fomoe_flwr.federation.wire import TaskHeader
+from fomoe_flwr.federation.task_header import TaskHeader
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.parameters.fragments import fragment_of_round, moments_of_round

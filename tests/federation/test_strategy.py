@@ -25,6 +25,7 @@ from fomoe_flwr.federation.in_process_grid import InProcessGrid
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.seats import RunIdentity
 from fomoe_flwr.federation.strategy import FederationError, FoMoEStrategy
+from fomoe_flwr.federation.task_header import TaskHeader
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RoutingCounts
@@ -791,7 +792,7 @@ def test_a_task_carries_the_shared_part_and_the_residents_and_nothing_else(
         assert torch.equal(shared, spec.pack_shared(before))
         assert torch.equal(experts, spec.pack_experts(before, residents))
         assert sorted(content) == [wire.TASK, wire.WEIGHTS]
-        header = wire.TaskHeader.read(content)
+        header = TaskHeader.read(content)
         assert header.residents == residents
         assert header.worker == worker
     assert all(array is shared_arrays[0] for array in shared_arrays)

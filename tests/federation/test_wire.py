@@ -25,7 +25,9 @@ from hypothesis import strategies as st
 
 import fomoe_flwr
 from fomoe_flwr.federation import wire
-from fomoe_flwr.federation.wire import TaskHeader, WireError
+from fomoe_flwr.federation.routing_fields import choices_fields, choices_in
+from fomoe_flwr.federation.task_header import TaskHeader
+from fomoe_flwr.federation.wire import WireError
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HEADER = TaskHeader(
@@ -284,8 +286,8 @@ CHOICES = torch.tensor([[[0, 2], [1, 3], [2, 4]], [[1, 2], [0, 1], [4, 4]]])
 
 
 def test_choices_survive_the_journey() -> None:
-    content = RecordDict({wire.TASK: wire.json_record(wire.choices_fields(CHOICES))})
-    back = wire.choices_in(wire.json_in(content, wire.TASK), 2, 3, 2, 4)
+    content = RecordDict({wire.TASK: wire.json_record(choices_fields(CHOICES))})
+    back = choices_in(wire.json_in(content, wire.TASK), 2, 3, 2, 4)
     assert back.dtype == torch.int64
     assert torch.equal(back, CHOICES)
 
@@ -311,7 +313,7 @@ def test_choices_survive_the_journey() -> None:
 )
 def test_choices_of_another_shape_or_range_are_refused(choices: Any) -> None:
     with pytest.raises(WireError, match=r"choices must be 2 lists .* 3 \* 2 integers from 0 to 4"):
-        wire.choices_in({"choices": choices}, 2, 3, 2, 4)
+        choices_in({"choices": choices}, 2, 3, 2, 4)
 
 
 @pytest.mark.parametrize(
