@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from flwr.app import ConfigRecord, RecordDict
 
 from fomoe_flwr.config import Settings
-from fomoe_flwr.federation.wire import TASK, WireError, are_counts, is_count, json_in
+from fomoe_flwr.federation.wire import TASK, WireError, are_counts, is_count, json_in, json_record
 from fomoe_flwr.parameters.fragments import MOMENTS
 
 
@@ -35,11 +34,11 @@ class TaskHeader:
     """[num_layers][num_experts] share of each expert in the assignments of the round before. None
     where the balance loss does not need it."""
     probe: Sequence[Sequence[int]]
-    """[windows][tokens] ids for which the reply shall say what the trained model chose; empty: none."""
+    """[windows][tokens] ids. The reply says which experts are chosen for them; may be empty."""
 
     def record(self) -> ConfigRecord:
         """Pack into a record."""
-        return ConfigRecord({"json": json.dumps(self.__dict__)})
+        return json_record(self.__dict__)
 
     @classmethod
     def read(cls, content: RecordDict) -> TaskHeader:

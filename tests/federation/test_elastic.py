@@ -15,7 +15,6 @@ from fomoe_flwr.config import SettingsError
 from fomoe_flwr.costs import memory_bytes, parameter_counts
 from fomoe_flwr.federation.attendance import Attendance
 from fomoe_flwr.federation.round_record import RoundRecord
-from fomoe_flwr.federation.server import _row
 from fomoe_flwr.federation.strategy import FederationError
 
 FIRST_NODE = 2
@@ -90,7 +89,7 @@ def test_a_worker_that_leaves_is_replaced_and_takes_its_share_when_it_is_back(
     lost = 2 * 2 if overlap == 1 else 0
     assert [record.missing_experts for record in records] == [0, lost, lost, 0, 0, 0, 0]
     assert [record.moved_experts for record in records] == [0, 0, 0, 4 * overlap, 0, 4 * overlap, 0]
-    row = _row(records[3])
+    row = records[3].metrics_row()
     assert row["layout/absent_workers"] == [1]
     assert row["layout/rehomed_experts"] == row["layout/rehomed_lower_bound"] == 4 * overlap
     for record in records:
