@@ -38,7 +38,7 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
             f"the server runs fomoe-flwr {setup.get('version')}, this node {__version__}: "
             "install the same version"
         )
-    settings = CACHE.settings(_with_own_words(setup["settings"], context))
+    settings = CACHE.settings(_with_node_overrides(setup["settings"], context))
     _check_spec(settings, str(setup.get("spec_digest")))
     text = str(setup["tokenizer"])
     path = _tokenizer_path(tokenizer_digest(text))
@@ -60,7 +60,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     """Train one round and return the pseudo-gradient with its metrics."""
     started = time.perf_counter()
     header = TaskHeader.read(content)
-    settings = CACHE.settings(_with_own_words(header.settings, context))
+    settings = CACHE.settings(_with_node_overrides(header.settings, context))
     spec = _check_spec(settings, header.spec_digest)
     header.check_ranges(settings)
     part = None if header.fragment < 0 else spec.fragment(header.fragment, settings.outer.fragments)
@@ -152,7 +152,7 @@ def _check_spec(settings: Settings, digest: str) -> StateSpec:
     return spec
 
 
-def _with_own_words(fields: Mapping[str, Any], context: Context) -> dict[str, Any]:
+def _with_node_overrides(fields: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Put what the node says of itself over the run's settings; checked with them later."""
     words = context.node_config
     if not all(isinstance(fields.get(section), dict) for section in ("local", "data")):

@@ -1,4 +1,4 @@
-"""The strategy's memory: what it keeps from round to round besides weights and outer state."""
+"""The state between two rounds: what the next one depends on besides weights and outer state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fomoe_flwr.layout import LayoutContext
 
 
 @dataclass
-class Memory:
+class RoundState:
     """What the next round depends on; a checkpoint keeps it as `to_json` has it."""
 
     context: LayoutContext
@@ -54,7 +54,7 @@ class Memory:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], settings: LayoutSettings) -> Memory:
+    def from_json(cls, data: Mapping[str, Any], settings: LayoutSettings) -> RoundState:
         """Read what `to_json` wrote."""
         load = None if data["load"] is None else torch.tensor(data["load"])
         context = LayoutContext.from_json(data["layout_context"])

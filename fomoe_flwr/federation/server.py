@@ -96,9 +96,9 @@ class Server:
         self.totals: dict[str, Any] = {"comm/bytes_up": 0, "comm/bytes_down": 0, "tokens": 0}
         self.rounds_done = 0
         self.run_key = uuid4().hex
-        memory: Mapping[str, Any] | None = None
+        strategy_state: Mapping[str, Any] | None = None
         if settings.resume:
-            memory = self._resume()
+            strategy_state = self._resume()
         else:
             self.tokenizer.save_pretrained(self.run.tokenizer)
         self._save_config()
@@ -117,8 +117,8 @@ class Server:
             keep_rounds=lambda: stored_rounds(self.run.checkpoints),
             probe=self.routing.probe,
         )
-        if memory is not None:
-            self.strategy.remember(memory)
+        if strategy_state is not None:
+            self.strategy.load_state_dict(strategy_state)
 
     def serve(self, grid: Grid) -> None:
         """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
@@ -219,14 +219,15 @@ class Server:
             "run_key": self.run_key,
             "spec_digest": self.spec.digest(),
             "totals": self.totals,
-            "memory": self.strategy.memory(),
+            # The name on the disk: checkpoints of earlier versions have it, and must resume.
+            "memory": self.strategy.state_dict(),
             "row": row,
         }
         checkpoint = Checkpoint(self.rounds_done, self.state, self.outer.tensors(), state)
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep)
 
     def _resume(self) -> Mapping[str, Any]:
-        """Take the newest checkpoint; return what the strategy remembered."""
+        """Take the newest checkpoint; return the state of the strategy."""
         checkpoint = load_latest(self.run.checkpoints)
         if checkpoint.state["spec_digest"] != self.spec.digest():
             raise CheckpointError(
@@ -250,8 +251,8 @@ class Server:
         if self.rounds_done and (not rows or rows[-1]["round"] != self.rounds_done):
             # The run was killed between its checkpoint and its line.
             self.run.append_metrics(checkpoint.state["row"])
-        memory: Mapping[str, Any] = checkpoint.state["memory"]
-        return memory
+        strategy_state: Mapping[str, Any] = checkpoint.state["memory"]
+        return strategy_state
 
     def _finish(self) -> None:
         exported = assemble(self.settings, self.state, self.tokenizer)

@@ -29,7 +29,7 @@ from fomoe_flwr.federation.accounting import open_ledger
 from fomoe_flwr.federation.attendance import Attendance
 from fomoe_flwr.federation.replies import ReplyReader
 from fomoe_flwr.federation.round_record import RoundRecord
-from fomoe_flwr.federation.round_state import Memory
+from fomoe_flwr.federation.round_state import RoundState
 from fomoe_flwr.federation.seats import POLL_SECONDS, RunIdentity, Seats, push
 from fomoe_flwr.federation.tasks import TaskWriter
 from fomoe_flwr.federation.waiting import Waiting
@@ -88,7 +88,7 @@ class FoMoEStrategy(Strategy):
         self._ledger = open_ledger(settings)
         self._limits = NormLimits(settings.outer.clip_to_median)
         layout = settings.layout
-        self._memory = Memory(
+        self.round_state = RoundState(
             layout_context(settings), Attendance(layout.num_workers, layout.rehome_after)
         )
         self._round = RoundRecord(0, self.layout(max(1, first_round)))
@@ -100,10 +100,10 @@ class FoMoEStrategy(Strategy):
         A function of settings, seed, round, of who was there before and, where the kind of layout
         asks for it, of what was measured.
         """
-        return self._settle(server_round, self._memory.attendance.expected()).layout
+        return self._settle(server_round, self.round_state.attendance.expected()).layout
 
     def _settle(self, server_round: int, present: Collection[int]) -> Rehomed:
-        settings, context = self.settings.layout, self._memory.context
+        settings, context = self.settings.layout, self.round_state.context
         drawn = self._draw(server_round)
         is_full = server_round <= settings.warm_rounds
         try:
@@ -118,7 +118,7 @@ class FoMoEStrategy(Strategy):
         settings, model = self.settings, self.settings.model
         if server_round <= settings.layout.warm_rounds:
             return Layout.full(model.num_layers, model.num_experts, settings.layout.num_workers)
-        context = self._memory.context
+        context = self.round_state.context
         if server_round == settings.layout.warm_rounds + 1:
             # Where experts lay in full replicas is nothing to stay close to.
             context = replace(context, previous=None)
@@ -176,7 +176,7 @@ class FoMoEStrategy(Strategy):
 
     def _begin(self) -> None:
         """See that those are there without whom the run cannot begin, and learn what they hold."""
-        attendance = self._memory.attendance
+        attendance = self.round_state.attendance
         expected = attendance.expected()
         missing = [worker for worker in self.seats.missing_workers() if worker in expected]
         needed = self.settings.federation.start_workers
@@ -185,11 +185,11 @@ class FoMoEStrategy(Strategy):
             raise FederationError(self.seats.explain_missing(missing))
         attendance.leave(missing)
         layout, model = self.settings.layout, self.settings.model
-        if layout.capacity_reported and not self._memory.context.room:
+        if layout.capacity_reported and not self.round_state.context.room:
             gib = [self.seats.capacity_gib[worker] for worker in range(layout.num_workers)]
-            context = replace(self._memory.context, room=expert_room(self.settings, gib))
+            context = replace(self.round_state.context, room=expert_room(self.settings, gib))
             check_layout(layout, model.num_layers, model.num_experts, context)
-            self._memory.context = context
+            self.round_state.context = context
             log(INFO, "workers report %s GiB, room for %s experts of a layer", gib, context.room)
 
     def _run_round(
@@ -222,7 +222,7 @@ class FoMoEStrategy(Strategy):
         nodes = self._gather_free(grid)
         started = time.monotonic()
         busy = self._waiting.busy()
-        attendance, latecomers = self._memory.attendance, self._waiting.take_latecomers()
+        attendance, latecomers = self.round_state.attendance, self._waiting.take_latecomers()
         attendance.welcome(latecomers)
         present = attendance.present(server_round, {*nodes, *busy})
         if len(nodes.keys() & set(present)) < self.settings.federation.min_workers:
@@ -241,7 +241,7 @@ class FoMoEStrategy(Strategy):
             server_round,
             record.layout,
             {worker: node for worker, node in nodes.items() if worker in record.sent},
-            self._memory,
+            self.round_state,
             self.keep_rounds(),
         )
         record.configure_seconds = time.monotonic() - started
@@ -264,11 +264,11 @@ class FoMoEStrategy(Strategy):
 
     def _open_round(self, server_round: int, played: Collection[int]) -> RoundRecord:
         """Settle who takes part and who holds what; say so where it is not as before."""
-        memory = self._memory
+        state = self.round_state
         self._refresh_room(played)
-        present = memory.attendance.present(server_round, played)
+        present = state.attendance.present(server_round, played)
         rehomed = self._settle(server_round, present)
-        layout, before = rehomed.layout, memory.context.previous
+        layout, before = rehomed.layout, state.context.previous
         absent = tuple(w for w in range(layout.num_workers) if w not in present)
         if rehomed.moved:
             log(
@@ -292,14 +292,14 @@ class FoMoEStrategy(Strategy):
 
     def _refresh_room(self, played: Collection[int]) -> None:
         """Learn anew what fits a worker that comes back: its node may be another one."""
-        context, away = self._memory.context, self._memory.attendance.missed
+        context, away = self.round_state.context, self.round_state.attendance.missed
         back = [worker for worker in played if worker in away]
         if not self.settings.layout.capacity_reported or not back:
             return
         room = list(context.room)
         for worker in back:
             (room[worker],) = expert_room(self.settings, [self.seats.capacity_gib[worker]])
-        self._memory.context = replace(context, room=tuple(room))
+        self.round_state.context = replace(context, room=tuple(room))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -340,10 +340,10 @@ class FoMoEStrategy(Strategy):
         means.step(self.outer, self.state)
         self._limits.close_round()
         if server_round > 1:
-            record.rejoined = set(record.replies) - self._memory.current
+            record.rejoined = set(record.replies) - self.round_state.current
         if self._ledger is not None:
             record.epsilon = self._ledger.spend()
-        self._memory.note(self.settings.layout, record)
+        self.round_state.note(self.settings.layout, record)
         record.outer_seconds = time.monotonic() - started
         return None, None
 
@@ -359,18 +359,18 @@ class FoMoEStrategy(Strategy):
         """Return nothing: workers do not evaluate."""
         return None
 
-    def memory(self) -> dict[str, Any]:
-        """Return what the strategy remembers between rounds, JSON-able, for a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next round depends on besides tensors, JSON-able, for a checkpoint."""
         ledger = None if self._ledger is None else self._ledger.to_json()
         limits = self._limits.to_json()
-        return {**self._memory.to_json(), "privacy": ledger, "norm_limits": limits}
+        return {**self.round_state.to_json(), "privacy": ledger, "norm_limits": limits}
 
-    def remember(self, memory: Mapping[str, Any]) -> None:
-        """Take the memory of a checkpoint."""
-        self._memory = Memory.from_json(memory, self.settings.layout)
-        self._limits.restore(memory["norm_limits"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        self.round_state = RoundState.from_json(state, self.settings.layout)
+        self._limits.restore(state["norm_limits"])
         if self._ledger is not None:
-            self._ledger.restore(memory["privacy"])
+            self._ledger.restore(state["privacy"])
 
     def _take(self, message: Message, worker: int, means: RoundMeans) -> None:
         """Read a reply, then fold it; what cannot be read changes nothing. Raises WireError."""

@@ -11,7 +11,7 @@ from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.codecs.vectors import seed_of
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import wire
-from fomoe_flwr.federation.round_state import Memory
+from fomoe_flwr.federation.round_state import RoundState
 from fomoe_flwr.federation.seats import RunIdentity
 from fomoe_flwr.federation.task_header import TaskHeader
 from fomoe_flwr.layout import Layout
@@ -43,7 +43,7 @@ class TaskWriter:
         server_round: int,
         layout: Layout,
         nodes: Mapping[int, int],
-        memory: Memory,
+        round_state: RoundState,
         keep_rounds: Sequence[int],
     ) -> Iterator[Message]:
         """Make one message for each worker in `nodes` (worker -> node), in worker order.
@@ -55,7 +55,7 @@ class TaskWriter:
         # One encoded vector for all workers that get the same part: it is uploaded once.
         shared: dict[tuple[int, str], Array] = {}
         for worker in sorted(nodes):
-            content = self._content(worker, server_round, layout, memory, keep_rounds, shared)
+            content = self._content(worker, server_round, layout, round_state, keep_rounds, shared)
             ttl = self.settings.federation.round_timeout_seconds
             message = Message(content, nodes[worker], MessageType.TRAIN, ttl=ttl)
             del content
@@ -67,13 +67,13 @@ class TaskWriter:
         worker: int,
         server_round: int,
         layout: Layout,
-        memory: Memory,
+        round_state: RoundState,
         keep_rounds: Sequence[int],
         shared: dict[tuple[int, str], Array],
     ) -> RecordDict:
         """Write one task; vectors that are missing from `shared` are put there."""
         down, residents = self.settings.wire.codecs_down, layout.of_worker(worker)
-        fragment = self._fragment_for(worker, server_round, layout, memory)
+        fragment = self._fragment_for(worker, server_round, layout, round_state)
         carried = self._moments_for(fragment, server_round)
         header = TaskHeader(
             settings=self.settings.to_dict(),
@@ -88,7 +88,7 @@ class TaskWriter:
             fragment=fragment,
             moments=list(carried),
             pooled_share=(
-                memory.pooled_share() if self.settings.balance.form == "global" else None
+                round_state.pooled_share() if self.settings.balance.form == "global" else None
             ),
             probe=[] if self.probe is None else self.probe.tolist(),
         )
@@ -111,13 +111,15 @@ class TaskWriter:
             return self.spec
         return self.spec.fragment(fragment, self.settings.outer.fragments)
 
-    def _fragment_for(self, worker: int, server_round: int, layout: Layout, memory: Memory) -> int:
+    def _fragment_for(
+        self, worker: int, server_round: int, layout: Layout, round_state: RoundState
+    ) -> int:
         """Return the fragment that a worker lacks, or -1 where it needs its whole slice.
 
         A worker whose reply counted has the rest on its disk, as long as its residents stay.
         """
-        outer, before = self.settings.outer, memory.context.previous
-        if outer.fragments == 1 or server_round == 1 or worker not in memory.current:
+        outer, before = self.settings.outer, round_state.context.previous
+        if outer.fragments == 1 or server_round == 1 or worker not in round_state.current:
             return -1
         if before is None or before.of_worker(worker) != layout.of_worker(worker):
             return -1

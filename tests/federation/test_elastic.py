@@ -190,13 +190,13 @@ def test_a_run_resumed_in_the_middle_of_an_absence_is_the_run(
     first, grid = federation(tmp_path / "parts", *words)
     grid.gone = gone
     first.strategy.start(grid, num_rounds=4)
-    memory = json.loads(json.dumps(first.strategy.memory()))
+    state = json.loads(json.dumps(first.strategy.state_dict()))
     second, grid = federation(tmp_path / "parts", *words)
     grid.gone, grid.server_round = gone, 5
     for key, value in first.state.items():
         second.state[key].copy_(value)
     second.outer.restore({k: v.clone() for k, v in first.outer.tensors().items()})
-    second.strategy.remember(memory)
+    second.strategy.load_state_dict(state)
     second.strategy.first_round = 5
     second.run()
     for got, want in zip(second.rounds, whole.rounds[4:], strict=True):
@@ -252,7 +252,7 @@ def test_residents_follow_from_the_memory_that_nodes_report(tmp_path: Path) -> N
     run.run()
     # Away from round 4 on; the others have room for 6 and 2 experts, not for all copies.
     assert sizes(run) == [[6, 4, 2]] * 3 + [[6, 0, 2]] + [[6, 4, 2]] * 2
-    assert run.strategy.memory()["layout_context"]["room"] == [6, 4, 2]
+    assert run.strategy.state_dict()["layout_context"]["room"] == [6, 4, 2]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_flwr.config import PATHS, Settings, SettingsError
-from fomoe_flwr.federation.deployment.processes import (
+from fomoe_flwr.federation.deployment.process_family import (
     end_family,
     environment,
     free_port,

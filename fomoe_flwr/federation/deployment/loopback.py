@@ -33,7 +33,7 @@ from fomoe_flwr.federation.deployment.credentials import (
     make_secret,
     make_server_certificate,
 )
-from fomoe_flwr.federation.deployment.processes import (
+from fomoe_flwr.federation.deployment.process_family import (
     ProcessError,
     end_family,
     environment,

@@ -18,7 +18,7 @@ from typing import Any
 from fomoe_flwr.config import Settings, load_settings
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation.deployment.launch import is_complete, project_root, write_run_config
-from fomoe_flwr.federation.deployment.processes import environment, tool
+from fomoe_flwr.federation.deployment.process_family import environment, tool
 from fomoe_flwr.federation.run_config import quoted
 from fomoe_flwr.run.checkpoint import stored_rounds
 from fomoe_flwr.run.directory import RunDirectory
@@ -41,7 +41,7 @@ class SubmissionError(RunError):
 
 @dataclass(frozen=True)
 class SuperLink:
-    """A SuperLink that Flower's configuration in `home` names; `mark` as in `processes`."""
+    """A SuperLink that Flower's configuration in `home` names; `mark` as in `process_family`."""
 
     home: Path
     connection: str
