@@ -45,6 +45,17 @@ class Attendance:
             self.missed.pop(worker, None)
             self.resting.pop(worker, None)
 
+    def ensure_quorum(
+        self, server_round: int, free: Collection[int], busy: Collection[int], needed: int
+    ) -> None:
+        """Count on all free workers if fewer than `needed` of those present are free.
+
+        So workers that failed and rest are called back when there is no quorum without them.
+        """
+        present = set(self.present(server_round, {*free, *busy}))
+        if len(present.intersection(free)) < needed:
+            self.welcome(set(free) - present)
+
     def leave(self, workers: Collection[int]) -> None:
         """Note that workers are away from the beginning."""
         self.missed |= dict.fromkeys(workers, self.patience)

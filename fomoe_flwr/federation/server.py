@@ -123,7 +123,8 @@ class Server:
     def serve(self, grid: Grid) -> None:
         """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
         try:
-            report.print_start(self.settings, self.run, self.strategy.layout(self.rounds_done + 1))
+            layout = self.strategy.layouts.expected(self.rounds_done + 1)
+            report.print_start(self.settings, self.run, layout)
             self._write_summary("running")
             if self.rounds_done == 0:
                 self._evaluate_start()

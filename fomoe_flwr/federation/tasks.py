@@ -1,4 +1,4 @@
-"""Tasks: what the server sends at the beginning of a round, to every worker its own slice."""
+"""Tasks: what the server sends at the beginning of a round. Every worker gets its own slice."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class TaskWriter:
         round_state: RoundState,
         keep_rounds: Sequence[int],
     ) -> Iterator[Message]:
-        """Make one message for each worker in `nodes` (worker -> node), in worker order.
+        """Yield one message for each worker in `nodes` (worker -> node), in worker order.
 
-        Each is made when it is asked for, so that whoever lets go of one before asking for the next
-        holds the shared part and the experts of one worker. `keep_rounds` are the rounds whose
-        inner state workers must keep.
+        Each message is made when it is asked for. A caller that drops it before asking for the
+        next one holds the shared part and the experts of one worker, never of two. `keep_rounds`
+        are the rounds whose inner state workers must keep.
         """
-        # One encoded vector for all workers that get the same part: it is uploaded once.
+        # Workers that get the same part share one encoded vector, so it is uploaded once.
         shared: dict[tuple[int, str], Array] = {}
         for worker in sorted(nodes):
             content = self._content(worker, server_round, layout, round_state, keep_rounds, shared)
@@ -71,7 +71,7 @@ class TaskWriter:
         keep_rounds: Sequence[int],
         shared: dict[tuple[int, str], Array],
     ) -> RecordDict:
-        """Write one task; vectors that are missing from `shared` are put there."""
+        """Write one task; encode the shared vectors that `shared` does not have yet."""
         down, residents = self.settings.wire.codecs_down, layout.of_worker(worker)
         fragment = self._fragment_for(worker, server_round, layout, round_state)
         carried = self._moments_for(fragment, server_round)
@@ -114,9 +114,10 @@ class TaskWriter:
     def _fragment_for(
         self, worker: int, server_round: int, layout: Layout, round_state: RoundState
     ) -> int:
-        """Return the fragment that a worker lacks, or -1 where it needs its whole slice.
+        """Return the fragment that a worker needs, or -1 where it needs its whole slice.
 
-        A worker whose reply counted has the rest on its disk, as long as its residents stay.
+        A worker whose last reply counted needs only the fragment that was synchronised then. Its
+        disk has the rest, provided that its residents are the same.
         """
         outer, before = self.settings.outer, round_state.context.previous
         if outer.fragments == 1 or server_round == 1 or worker not in round_state.current:
@@ -126,7 +127,7 @@ class TaskWriter:
         return fragment_of_round(outer, server_round - 1)
 
     def _moments_for(self, fragment: int, server_round: int) -> dict[str, State]:
-        """Return the moments that were averaged at the end of the round before."""
+        """Return the moments that the round before averaged, in the part that this task carries."""
         if server_round == 1:
             return {}
         names = moments_of_round(self.settings.outer, server_round - 1)

@@ -113,7 +113,7 @@ class Federation:
             RunIdentity("ab" * 16, text, tokenizer_digest(text)),
             self._note,
         )
-        self.initial = self._snapshot(RoundRecord(0, self.strategy.layout(1)))
+        self.initial = self._snapshot(RoundRecord(0, self.strategy.layouts.expected(1)))
 
     def _snapshot(self, record: RoundRecord) -> Snapshot:
         return Snapshot(
@@ -369,7 +369,7 @@ def expected_state(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Take the Nesterov step by its definition, in float64: (state, momentum)."""
     settings, spec = federation.settings, federation.spec
-    layout = federation.strategy.layout(BAD_ROUND)
+    layout = federation.strategy.layouts.expected(BAD_ROUND)
     total = sum(tokens for _, _, tokens in updates.values())
     mean_shared = sum(shared.double() * (n / total) for shared, _, n in updates.values())
     assert isinstance(mean_shared, Tensor)
