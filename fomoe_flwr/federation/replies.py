@@ -45,7 +45,7 @@ class ReplyReader:
             if answered.get(key) != value:
                 raise WireError(f"answers {key}={answered.get(key)}, this round is {key}={value}")
         metrics = wire.metrics_in(content, REPORTED)
-        most = self._round_tokens()
+        most = self.settings.tokens_per_worker_round
         if not 0 < metrics["tokens"] <= most:
             raise WireError(
                 f"metric tokens={metrics['tokens']:g} must be > 0 and <= {most}, "
@@ -78,8 +78,3 @@ class ReplyReader:
             for name, mean in means.by_name.items()
         }
         return Reply(residents, metrics, counts, choices, vectors)
-
-    def _round_tokens(self) -> int:
-        local = self.settings.local
-        batch = local.batch_size * local.accumulate * self.settings.data.sequence_length
-        return local.steps * batch
