@@ -1,4 +1,4 @@
-"""The greeting: both sides prove that they know the token, neither sends it.
+"""The handshake: both sides prove that they know the token, and neither sends it.
 
     worker -> task giver   a nonce
     task giver -> worker   a nonce of its own, and HMAC(token, "giver", both nonces)
@@ -24,7 +24,7 @@ from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation.warm.frames import SHORT_HEADER_BYTES, Frame, receive, send
 
 PROTOCOL = 1
-GREETING_SECONDS = 5.0
+HANDSHAKE_SECONDS = 5.0
 """For the whole of it; everybody is on one machine."""
 END = "end"
 """Kind of a task that asks the worker to end."""
@@ -54,7 +54,7 @@ def code() -> dict[str, str]:
 def greet_as_worker(peer: socket.socket, token: bytes) -> None:
     """Let a task giver in. Raises StrangerError or FrameError."""
     # For all of it, not for each byte: a peer that dawdles holds up the others.
-    alarm = threading.Timer(GREETING_SECONDS, _hang_up, [peer])
+    alarm = threading.Timer(HANDSHAKE_SECONDS, _hang_up, [peer])
     alarm.daemon = True
     alarm.start()
     try:
@@ -72,7 +72,7 @@ def greet_as_worker(peer: socket.socket, token: bytes) -> None:
 
 def greet_as_giver(peer: socket.socket, token: bytes) -> None:
     """Introduce a task giver to a worker. Raises StrangerError, FrameError or OtherCodeError."""
-    peer.settimeout(GREETING_SECONDS)
+    peer.settimeout(HANDSHAKE_SECONDS)
     hello = _short(peer)
     if hello.get("protocol") != PROTOCOL:
         raise StrangerError(f"the warm worker speaks protocol {hello.get('protocol')}")
