@@ -31,7 +31,10 @@ from fomoe_flwr.worker.round import RoundResult, RoundTask, pick_device, run_rou
 
 
 def answer_query(content: RecordDict, context: Context) -> RecordDict:
-    """Get ready for a run: keep its tokenizer, tokenise the node's text, name the worker played."""
+    """Prepare for a run and say which worker this node plays.
+
+    The node stores the run's tokenizer and tokenises its own text.
+    """
     setup = wire.json_in(content, wire.SETUP)
     if setup.get("version") != __version__:
         raise WireError(
@@ -77,7 +80,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
             *((name, carried.parameters()) for name in header.moments),
         )
     }
-    # Decoded vectors are copies. A caller that lets go of the message frees its bytes here.
+    # Decoded vectors are copies: where the caller has dropped the message, this frees its bytes.
     del content
     shared, experts = vectors.pop(wire.WEIGHTS)
     text = _tokenizer_text(header.tokenizer_digest)
@@ -153,18 +156,18 @@ def _check_spec(settings: Settings, digest: str) -> StateSpec:
 
 
 def _with_node_overrides(fields: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Put what the node says of itself over the run's settings; checked with them later."""
-    words = context.node_config
+    """Let the node's configuration override the run's device and data; the caller checks both."""
+    node = context.node_config
     if not all(isinstance(fields.get(section), dict) for section in ("local", "data")):
         raise WireError("settings need the sections local and data")
     local, data = dict(fields["local"]), dict(fields["data"])
-    if device := words.get("device"):
+    if device := node.get("device"):
         local["device"] = str(device)
     if _has_own_data(context):
-        data["path"] = str(words.get("data-path", ""))
-        data["dataset"] = str(words.get("dataset", ""))
-        data["dataset_config"] = str(words.get("dataset-config", ""))
-        data["dataset_revision"] = str(words.get("dataset-revision", ""))
+        data["path"] = str(node.get("data-path", ""))
+        data["dataset"] = str(node.get("dataset", ""))
+        data["dataset_config"] = str(node.get("dataset-config", ""))
+        data["dataset_revision"] = str(node.get("dataset-revision", ""))
     return {**fields, "local": local, "data": data}
 
 
@@ -173,7 +176,7 @@ def _has_own_data(context: Context) -> bool:
 
 
 def _node_data(settings: Settings, worker: int, text: str, context: Context) -> NodeData:
-    """Open the node's text: all of its own where it names some, else its part of the run's."""
+    """Open the worker's text: the node's own text if it has any, else a part of the run's."""
     num_parts, part = settings.layout.num_workers, worker
     if _has_own_data(context):
         num_parts, part = 1, 0
@@ -195,7 +198,7 @@ def _tokenizer_text(digest: str) -> str:
 
 
 def _state_dir(context: Context, header: TaskHeader) -> Path:
-    """Return this worker's own folder: the operator's choice, the run's, or the user's cache."""
+    """Return this worker's folder, in the `state-dir` of the node or run, else in the cache."""
     if not re.fullmatch(r"[0-9a-f]{8,64}", header.run_key):
         raise WireError(f"run key {header.run_key!r} is not a hex key")
     chosen = context.node_config.get("state-dir") or context.run_config.get("state-dir")

@@ -17,11 +17,11 @@ from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.state import StateSpec
 
 REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction", "grad_norm", "lr")
-"""Metrics that a reply must carry; `balance_loss` and the fresh-state counts are welcome."""
+"""Metrics that a reply must carry. Others are optional, such as `balance_loss`."""
 
 
 class ReplyReader:
-    """Reads the replies of a run; knows what the settings allow a worker to say."""
+    """Reads the replies of a run and checks them against its settings and its layouts."""
 
     def __init__(self, settings: Settings, spec: StateSpec, probe: Tensor | None) -> None:
         self.settings = settings

@@ -32,20 +32,20 @@ class RoundRecord:
     moved_experts: int = 0
     """(layer, worker, expert) residencies that the round before did not have."""
     rehomed: Rehomed | None = None
-    """What it took to make do without those away, or to give those back their share."""
+    """How experts moved because workers left or came back."""
     started: float = field(default_factory=time.monotonic)
     counts: dict[int, RoutingCounts] = field(default_factory=dict)
     """Routing counts of every worker whose reply was folded."""
     disagreement: Tensor | None = None
     """[num_layers, num_experts] distance of an expert's copies from their mean before averaging."""
     copies: Tensor | None = None
-    """[num_layers, num_experts] number of replies that spoke for an expert."""
+    """[num_layers, num_experts] number of replies that carried the expert."""
     choices: dict[int, Tensor] = field(default_factory=dict)
     """[num_layers, tokens, top_k] choices on the probe of every worker whose reply was folded."""
     replies: dict[int, dict[str, float]] = field(default_factory=dict)
     """Metrics of every worker whose reply was folded."""
     failures: dict[int, str] = field(default_factory=dict)
-    """Reason for every worker whose reply was not."""
+    """Reason for every worker whose reply was not folded."""
     up: Traffic = field(default_factory=Traffic)
     down: Traffic = field(default_factory=Traffic)
     missing_experts: int = 0
@@ -63,9 +63,9 @@ class RoundRecord:
     train_seconds: float = 0.0
     """From the last message sent to the last reply folded."""
     receive_seconds: float = 0.0
-    """Of these, to take replies from the SuperLink; in this process, to train too."""
+    """Part of `train_seconds`: to take replies from the SuperLink. In one process also to train."""
     fold_seconds: float = 0.0
-    """Of these, to decode, check and fold replies."""
+    """Part of `train_seconds`: to decode, check and fold replies."""
     outer_seconds: float = 0.0
     epsilon: float | None = None
     """Privacy that the run has spent by the end of the round; None without noise."""
@@ -138,7 +138,7 @@ class RoundRecord:
             "round/receive_seconds": self.receive_seconds,
             "round/fold_seconds": self.fold_seconds,
             "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
-            # Sums over workers: their local steps, and what they did around them.
+            # Sums over workers: of their local steps, and of the rest of their task.
             "round/local_seconds": sum(reply["seconds"] for reply in replies),
             "round/overhead_seconds": sum(reply.get("overhead_seconds", 0.0) for reply in replies),
             "round/outer_seconds": self.outer_seconds,

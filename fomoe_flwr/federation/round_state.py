@@ -18,7 +18,7 @@ from fomoe_flwr.layout import LayoutContext
 
 @dataclass
 class RoundState:
-    """What the next round depends on; a checkpoint keeps it as `to_json` has it."""
+    """What the next round depends on. A checkpoint stores what `to_json` returns."""
 
     context: LayoutContext
     """What the next layout depends on."""

@@ -129,7 +129,7 @@ class Server:
             if self.rounds_done == 0:
                 self._evaluate_start()
             if not stored_rounds(self.run.checkpoints):
-                # From here on there is something to resume, whatever happens in round 1.
+                # So that the run can be resumed if it ends in round 1.
                 self._save(None)
             self.routing.begin(self.model)
             self.heartbeat.note("train", self.rounds_done + 1)
@@ -151,7 +151,7 @@ class Server:
         draft.replace(self.run.config)
 
     def _evaluate_start(self) -> None:
-        """Measure the untrained model and what a model without context could reach at best."""
+        """Measure the untrained model, and the best loss that a model without context can have."""
         before = self.evaluator(self.model)
         entropy = unigram_entropy(
             self.evaluator.blocks, self.evaluator.indices, self.settings.model.vocab_size
@@ -184,7 +184,7 @@ class Server:
         row["tokens"] = self.totals["tokens"]
         if "privacy/epsilon" in row:
             self.totals["privacy/epsilon"] = row["privacy/epsilon"]
-        # Before the checkpoint: a resume forgets what came after it.
+        # Written before the checkpoint. If the run ends in between, a resume removes both again.
         self.run.add_layout(server_round, record.layout.residents)
         self.run.append_routing(tables)
         started = time.monotonic()

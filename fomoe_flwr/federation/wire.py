@@ -1,8 +1,8 @@
-"""What travels: flat vectors as Flower arrays, and the records of each message.
+"""What travels: flat vectors as Flower arrays, the records of each message, and their bytes.
 
-Arrays carry a codec's bytes under our own serialization type, never a pickle and never a NumPy
-header, so payload bytes are exactly what the codec says of so many numbers and the cost model can
-be held to them. Everything read from a peer is checked before use.
+An array carries a codec's bytes under a serialization type of our own: no pickle, no NumPy header.
+So payload bytes are exactly those that the codec and the cost model name for so many numbers.
+Everything read from a peer is checked before use.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 
 STYPE = "fomoe.flat"
 KINDS = ("shared", "experts", "moments", "overhead")
-"""What bytes are counted by."""
+"""Kinds by which bytes are counted."""
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 Seed = Callable[[str], int]
-"""From the name of a vector to the seed of what is rounded by chance in it."""
+"""Maps the name of a vector to the seed of its stochastic rounding."""
 
 WEIGHTS, TASK, METRICS, SETUP = "weights", "task", "metrics", "setup"
 VECTORS = ("shared", "experts")
 
 
 class WireError(ValueError):
-    """A message that does not say what the protocol needs; the text names the reason."""
+    """A message that breaks the protocol; the text names the reason."""
 
 
 def encode(vector: Tensor, codec: Codec | str, seed: int = 0) -> Array:
     """Turn a flat fp32 vector into an array; a name stands for the codec with its defaults.
 
-    `seed` decides what a codec rounds by chance.
+    `seed` is that of the codec's stochastic rounding.
     """
     codec = Codec(codec) if isinstance(codec, str) else codec
     data = codecs.encode(vector, codec, seed)
@@ -77,7 +77,7 @@ def encode_pair(
 
 
 def arrays_of(shared: Array, experts: Array) -> ArrayRecord:
-    """Bundle the two vectors; the same `shared` object may go to every node and is sent once."""
+    """Bundle two arrays. A `shared` object that goes to several nodes is uploaded once."""
     record = ArrayRecord()
     record["shared"] = shared
     record["experts"] = experts
@@ -112,7 +112,7 @@ def payload_bytes(content: RecordDict) -> int:
 class Traffic:
     """Bytes of one direction, by what they carry.
 
-    `overhead` is the text of tasks and metrics; the platform's own framing comes on top of all.
+    `overhead` is the text of tasks and metrics. The platform's own framing is not counted.
     """
 
     by_kind: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
@@ -187,6 +187,6 @@ def are_counts(value: Any) -> bool:
 
 def _record(content: RecordDict, name: str, kind: type[Record]) -> Record | None:
     # Flower's own views (`content.array_records` and its like) tie a message into a cycle of
-    # references: a gigabyte would stay until Python's collector comes by.
+    # references, and its bytes, maybe a gigabyte, would stay until Python's collector runs.
     record = content.get(name)
     return record if isinstance(record, kind) else None

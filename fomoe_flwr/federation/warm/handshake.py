@@ -4,7 +4,7 @@
     task giver -> worker   a nonce of its own, and HMAC(token, "giver", both nonces)
     worker -> task giver   HMAC(token, "worker", both nonces), and which code it runs
 
-A worker that runs other code than the task giver would train another model than it says.
+Both must run the same code: otherwise the worker would train another model than the server expects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fomoe_flwr.federation.warm.frames import SHORT_HEADER_BYTES, Frame, receive
 
 PROTOCOL = 1
 HANDSHAKE_SECONDS = 5.0
-"""For the whole of it; everybody is on one machine."""
+"""Limit for the whole handshake; both sides are on one machine."""
 END = "end"
 """Kind of a task that asks the worker to end."""
 
@@ -53,7 +53,7 @@ def code() -> dict[str, str]:
 
 def greet_as_worker(peer: socket.socket, token: bytes) -> None:
     """Let a task giver in. Raises StrangerError or FrameError."""
-    # For all of it, not for each byte: a peer that dawdles holds up the others.
+    # One limit for the whole handshake, not for each byte: a slow peer holds up the others.
     alarm = threading.Timer(HANDSHAKE_SECONDS, _hang_up, [peer])
     alarm.daemon = True
     alarm.start()
