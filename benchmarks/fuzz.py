@@ -27,7 +27,9 @@ from fomoe_flwr.codecs.errors import CodecError
 from fomoe_flwr.codecs.sizes import CODECS, Codec
 from fomoe_flwr.codecs.vectors import decode, encode
 from fomoe_flwr.federation import wire
-from fomoe_flwr.federation.wire import TaskHeader, WireError
+from fomoe_flwr.federation.routing_fields import choices_in, counts_in
+from fomoe_flwr.federation.task_header import TaskHeader
+from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.report.environment import environment
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 2, 4, 2, 6
@@ -133,9 +135,9 @@ def text_case(draw: random.Random) -> tuple[str, int, Callable[[], None]]:
 
     def read_reply() -> None:
         words = wire.json_in(content, wire.TASK)
-        counts = wire.counts_in(words, LAYERS, EXPERTS)
+        counts = counts_in(words, LAYERS, EXPERTS)
         assert counts.load.shape == (LAYERS, EXPERTS)
-        choices = wire.choices_in(words, LAYERS, TOKENS, TOP_K, EXPERTS)
+        choices = choices_in(words, LAYERS, TOKENS, TOP_K, EXPERTS)
         assert 0 <= int(choices.min()) <= int(choices.max()) <= EXPERTS
 
     return ("task", len(text), read_task) if is_task else ("reply", len(text), read_reply)

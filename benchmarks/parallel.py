@@ -28,14 +28,15 @@ from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.model.shards import Wholes
+from fomoe_flwr.model.shards import FullTensors
 from fomoe_flwr.model.state import load_state, state_of
 from fomoe_flwr.parallel.processes import Processes
 from fomoe_flwr.parallel.serve import Job, serve
 from fomoe_flwr.parallel.team import ALONE, Team
 from fomoe_flwr.parallel.torch_team import TorchTeam
 from fomoe_flwr.worker.inner_state import InnerState
-from fomoe_flwr.worker.training import make_optimizer, train
+from fomoe_flwr.worker.optimizer import make_optimizer
+from fomoe_flwr.worker.trainer import train
 
 ON_GPU = (
     # 1.7 billion parameters, of which a token uses 0.3.
@@ -110,7 +111,7 @@ def take_steps(job: Job, joined: TorchTeam) -> dict[str, Any]:
         )
         probe.close()
     report = reports[-1]
-    trained = Wholes(state_of(model))
+    trained = FullTensors(state_of(model))
     if job.get("weights"):
         weights = {key: trained[key].cpu().contiguous() for key in trained}
         if joined.is_first:

@@ -30,6 +30,7 @@ from fomoe_flwr.codecs.sizes import Codec
 from fomoe_flwr.config import OuterSettings
 from fomoe_flwr.federation import wire
 from fomoe_flwr.model.state import Entry, StateSpec
+from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 
 LAYERS, EXPERTS = 8, 16
 
@@ -113,10 +114,10 @@ def _fold_round(spec: StateSpec, workers: int, overlap: int, codec: str) -> dict
         sizes = spec.shared_size, spec.experts_size(residents)
         content = RecordDict()
         arrays = [_array(1e-3 * (worker + 1), size, codec) for size in sizes]
-        content[wire.PSEUDO_GRADIENT] = wire.arrays_of(*arrays)
+        content[PSEUDO_GRADIENT] = wire.arrays_of(*arrays)
         del arrays
         started = time.perf_counter()
-        vectors = wire.vectors_in(content, wire.PSEUDO_GRADIENT, codec, sizes)
+        vectors = wire.vectors_in(content, PSEUDO_GRADIENT, codec, sizes)
         decode_seconds += time.perf_counter() - started
         started = time.perf_counter()
         mean.fold(*vectors, residents, 1.0)

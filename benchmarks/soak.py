@@ -30,7 +30,7 @@ import psutil
 from fomoe_flwr import report
 from fomoe_flwr.config import load_settings
 from fomoe_flwr.federation.deployment.loopback import Loopback
-from fomoe_flwr.federation.deployment.processes import family
+from fomoe_flwr.federation.deployment.process_family import family
 from fomoe_flwr.federation.deployment.submission import supervise
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.run.checkpoint import load_latest

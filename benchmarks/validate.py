@@ -46,7 +46,8 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.worker.inner_state import InnerState
-from fomoe_flwr.worker.training import make_optimizer, train
+from fomoe_flwr.worker.optimizer import make_optimizer
+from fomoe_flwr.worker.trainer import train
 
 TINY = (
     "preset=tiny",
