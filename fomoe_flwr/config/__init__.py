@@ -35,6 +35,7 @@ from fomoe_flwr.config.schema import (
     ModelSettings,
     OuterSettings,
     PrivacySettings,
+    RoutingMode,
     Settings,
     WireSettings,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "ModelSettings",
     "OuterSettings",
     "PrivacySettings",
+    "RoutingMode",
     "Settings",
     "SettingsError",
     "WireSettings",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from fomoe_flwr import costs
 from fomoe_flwr.config import read_settings
+from fomoe_flwr.files import replace_file
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.plan import Job
 
@@ -61,9 +63,7 @@ def write_table(sweep: SweepDirectory) -> list[Path]:
         (sweep.table, pyarrow.csv.write_csv),
         (sweep.table.with_suffix(".parquet"), pyarrow.parquet.write_table),
     ):
-        draft = path.with_name(f".{path.name}.draft")
-        write(table, draft)
-        draft.replace(path)
+        replace_file(path, partial(write, table))
         written.append(path)
     return written
 

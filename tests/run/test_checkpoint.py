@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fomoe_flwr import files
-from fomoe_flwr.files import replace_folder, save_json, save_tensors, save_text
+from fomoe_flwr.files import replace_folder, save_json, save_text
+from fomoe_flwr.model.tensor_files import save_tensors
 from fomoe_flwr.run import checkpoint as checkpoint_module
 from fomoe_flwr.run.checkpoint import (
     Checkpoint,
