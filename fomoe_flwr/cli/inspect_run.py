@@ -68,7 +68,8 @@ def add_report(commands: Any) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     from fomoe_flwr import report
-    from fomoe_flwr.run.stored import StoredRun
+    from fomoe_flwr.config import find_run
+    from fomoe_flwr.run.directory import RunDirectory
     from fomoe_flwr.sweep.directory import SweepDirectory
     from fomoe_flwr.sweep.table import print_table, write_table
 
@@ -80,9 +81,9 @@ def _report(options: argparse.Namespace) -> int:
         print_table(sweep)
         print(sweep_page(sweep)[0])
         return 0
-    stored = StoredRun(options.folder)
-    report.print_end(stored.run)
-    print(report.write_report(stored.run)[0])
+    run = RunDirectory(find_run(options.folder))
+    report.print_end(run)
+    print(report.write_report(run)[0])
     return 0
 
 

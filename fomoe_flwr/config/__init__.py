@@ -16,6 +16,8 @@ from fomoe_flwr.config.checks import (
 from fomoe_flwr.config.compose import (
     RESUMABLE_KEYS,
     conf_dir,
+    find_run,
+    is_run,
     load_settings,
     read_settings,
     register_paper_rows,
@@ -65,6 +67,8 @@ __all__ = [
     "check",
     "conf_dir",
     "expand_files",
+    "find_run",
+    "is_run",
     "load_settings",
     "read_settings",
     "register_paper_rows",

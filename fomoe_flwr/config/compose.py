@@ -82,6 +82,23 @@ def register_paper_rows() -> None:
         )
 
 
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is a run directory: a run stores its settings before anything else."""
+    return (folder / "config.yaml").is_file()
+
+
+def find_run(given: str | Path, key: str = "") -> Path:
+    """Return the absolute path of a run directory, as a person gave it with the setting `key`.
+
+    Raises SettingsError, one line, for a folder that is no run directory.
+    """
+    path = Path(given).expanduser().resolve()
+    if not is_run(path):
+        name = f"{key}={given}" if key else given
+        raise SettingsError(f"{name} is not a run directory: it has no config.yaml")
+    return path
+
+
 def read_settings(path: Path) -> Settings:
     """Read the settings that a run stored as `config.yaml`."""
     try:
@@ -187,9 +204,7 @@ def _resume_target(overrides: list[str]) -> str:
 
 
 def _stored(resume: str, overrides: list[str]) -> Settings:
-    run_dir = Path(resume).expanduser().resolve()
-    if not (run_dir / "config.yaml").is_file():
-        raise SettingsError(f"resume={resume} is not a run directory: it has no config.yaml")
+    run_dir = find_run(resume, "resume")
     node = OmegaConf.create(read_settings(run_dir / "config.yaml").to_dict())
     for override in _parse(overrides):
         key = override.key_or_group

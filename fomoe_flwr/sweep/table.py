@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fomoe_flwr import costs
-from fomoe_flwr.config import read_settings
+from fomoe_flwr.config import is_run, read_settings
 from fomoe_flwr.files import replace_file
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.plan import Job
@@ -44,7 +44,7 @@ def _row(sweep: SweepDirectory, job: Job, keys: list[str]) -> dict[str, Any]:
     for key in _LAST:
         row[key] = next((r[key] for r in reversed(rounds) if r.get(key) is not None), None)
     row["train_seconds"] = sum(r["round/seconds"] for r in rounds) if rounds else None
-    predicted = costs.summary(read_settings(run.config)) if run.config.is_file() else {}
+    predicted = costs.summary(read_settings(run.config)) if is_run(run.path) else {}
     row |= {key: predicted.get(key) for key in _PREDICTED}
     row |= {"job_seconds": record.seconds, "attempts": record.attempts}
     row["commit"] = summary.get("environment/commit")
