@@ -23,7 +23,7 @@ from fomoe_flwr.config.compose import (
     register_paper_rows,
     settings_from_dict,
 )
-from fomoe_flwr.config.override_files import expand_files
+from fomoe_flwr.config.overrides import expand_files, parse_overrides, quoted
 from fomoe_flwr.config.schema import (
     BalanceSettings,
     CheckpointSettings,
@@ -70,6 +70,8 @@ __all__ = [
     "find_run",
     "is_run",
     "load_settings",
+    "parse_overrides",
+    "quoted",
     "read_settings",
     "register_paper_rows",
     "settings_from_dict",

@@ -364,6 +364,11 @@ class Settings:
     federation: FederationSettings = field(default_factory=FederationSettings)
     costs: CostSettings = field(default_factory=CostSettings)
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step on one worker."""
+        return self.local.batch_size * self.local.accumulate * self.data.sequence_length
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, ready for YAML or JSON."""
         return asdict(self)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from fomoe_flwr.federation.run_config import quoted
+from fomoe_flwr.config import quoted
 from fomoe_flwr.files import save_json
 from fomoe_flwr.run.directory import RunDirectory, stored_rounds
 
