@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from fomoe_flwr.cli.main import _parser
+from fomoe_flwr.cli.main import command_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -90,7 +90,7 @@ def test_every_block_parses_and_says_why_it_is_not_run(block: Block) -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
 def test_every_fomoe_command_is_one(block: Block) -> None:
     """Also of blocks that are not run: a command that was renamed is found here."""
-    parser = _parser()
+    parser = command_parser()
     for line in block.body.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words and words[0] == "!":

@@ -16,12 +16,14 @@ from fomoe_flwr.config.checks import (
 from fomoe_flwr.config.compose import (
     RESUMABLE_KEYS,
     conf_dir,
+    find_run,
+    is_run,
     load_settings,
     read_settings,
     register_paper_rows,
     settings_from_dict,
 )
-from fomoe_flwr.config.override_files import expand_files
+from fomoe_flwr.config.overrides import expand_files, parse_overrides, quoted
 from fomoe_flwr.config.schema import (
     BalanceSettings,
     CheckpointSettings,
@@ -35,6 +37,7 @@ from fomoe_flwr.config.schema import (
     ModelSettings,
     OuterSettings,
     PrivacySettings,
+    RoutingMode,
     Settings,
     WireSettings,
 )
@@ -57,13 +60,18 @@ __all__ = [
     "ModelSettings",
     "OuterSettings",
     "PrivacySettings",
+    "RoutingMode",
     "Settings",
     "SettingsError",
     "WireSettings",
     "check",
     "conf_dir",
     "expand_files",
+    "find_run",
+    "is_run",
     "load_settings",
+    "parse_overrides",
+    "quoted",
     "read_settings",
     "register_paper_rows",
     "settings_from_dict",

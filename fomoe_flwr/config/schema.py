@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from fomoe_flwr.codecs.sizes import CHUNK, CODECS, FLOATS, INTEGERS, Codec, CodecPair
-from fomoe_flwr.parameters.keys import RoutingMode
+
+
+class RoutingMode(StrEnum):
+    """How a worker's router treats experts that the worker does not hold (paper section 3.2)."""
+
+    SKIP_TOKEN = "skip_token"
+    """Full router on every worker, top-k over all experts; a chosen ghost adds nothing."""
+
+    PARTITIONED = "partitioned"
+    """Router rows travel with their experts, top-k over the residents only."""
 
 
 def _number(

@@ -43,6 +43,7 @@ from fomoe_flwr.costs.topology import (
 from fomoe_flwr.costs.traffic import (
     Payload,
     RoundBytes,
+    as_diloco,
     diloco_bytes,
     full_replica_bytes,
     num_buffers,
@@ -64,6 +65,7 @@ __all__ = [
     "ServerMemory",
     "Site",
     "TokenFlops",
+    "as_diloco",
     "diloco_bytes",
     "executed_experts",
     "expert_room",

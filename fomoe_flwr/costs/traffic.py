@@ -10,8 +10,7 @@ from fomoe_flwr.codecs.sizes import CodecPair
 from fomoe_flwr.config import ModelSettings, OuterSettings, Settings
 from fomoe_flwr.costs.counts import parameter_counts, resident_counts
 from fomoe_flwr.costs.topology import ring_factor, ring_round
-from fomoe_flwr.layout import Layout
-from fomoe_flwr.layout.context import begins_period
+from fomoe_flwr.layout import MOVING_KINDS, Layout, begins_period
 from fomoe_flwr.parameters.fragments import fragment_of_round, fragment_rows, moments_of_round
 from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 from fomoe_flwr.parameters.shapes import buffer_shapes, parameter_shapes
@@ -304,4 +303,4 @@ def _migration_rate(settings: Settings, held: float) -> float:
 def _moves(settings: Settings) -> bool:
     """Tell whether workers' residents change in the course of a run."""
     layout = settings.layout
-    return layout.kind in ("random", "rolling", "balanced") and layout.overlap < layout.num_workers
+    return layout.kind in MOVING_KINDS and layout.overlap < layout.num_workers

@@ -8,16 +8,18 @@ in every layer, or the number that `layout.residents` or its memory says. Where 
 """
 
 from fomoe_flwr.layout.balance import load_lower_bound, worker_loads
-from fomoe_flwr.layout.context import LayoutContext
+from fomoe_flwr.layout.context import MOVING_KINDS, LayoutContext, begins_period
 from fomoe_flwr.layout.draw import check_layout, draw_layout
 from fomoe_flwr.layout.presence import settle
 from fomoe_flwr.layout.rehoming import Rehomed, rehome
 from fomoe_flwr.layout.table import Layout
 
 __all__ = [
+    "MOVING_KINDS",
     "Layout",
     "LayoutContext",
     "Rehomed",
+    "begins_period",
     "check_layout",
     "draw_layout",
     "load_lower_bound",

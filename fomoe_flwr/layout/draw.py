@@ -7,7 +7,13 @@ from random import Random
 
 from fomoe_flwr.config import LayoutSettings, SettingsError
 from fomoe_flwr.layout.balance import even_out
-from fomoe_flwr.layout.context import NO_CONTEXT, LayoutContext, begins_period, check_load
+from fomoe_flwr.layout.context import (
+    MOVING_KINDS,
+    NO_CONTEXT,
+    LayoutContext,
+    begins_period,
+    check_load,
+)
 from fomoe_flwr.layout.explicit import read_layout
 from fomoe_flwr.layout.ring import arcs, even_ring, trade, worker_order
 from fomoe_flwr.layout.shares import check_even_shares, unequal_shares
@@ -15,8 +21,6 @@ from fomoe_flwr.layout.table import Layout
 
 _Sets = list[list[set[int]]]
 """[layer][worker] -> experts."""
-
-_MOVING = ("random", "rolling", "balanced")
 
 
 def check_layout(
@@ -76,7 +80,7 @@ def draw_layout(
     """
     if server_round < 1:
         raise ValueError(f"server_round={server_round}: rounds count from 1")
-    previous, moves = context.previous, settings.kind in _MOVING
+    previous, moves = context.previous, settings.kind in MOVING_KINDS
     if previous and (previous.num_layers, previous.num_experts) != (num_layers, num_experts):
         raise ValueError("the previous layout is one of another model")
     if previous and server_round > 1 and not (moves and begins_period(settings, server_round)):
@@ -145,7 +149,7 @@ def _check_keys(settings: LayoutSettings) -> None:
         if getattr(settings, key) and kind in ("fixed", "explicit"):
             raise SettingsError(
                 f"layout.{key} has no meaning for layout.kind={kind}: use layout.kind=weighted "
-                f"(or {', '.join(_MOVING)})"
+                f"(or {', '.join(MOVING_KINDS)})"
             )
     given = [
         f"layout.{key}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fomoe_flwr.codecs.sizes import CodecPair
 from fomoe_flwr.config import Settings
@@ -191,12 +191,6 @@ def fit(
         memory_bytes=tuple(model.memory(held) for held in residents),
         bytes_per_round=sum(down) + sum(up),
     )
-
-
-def with_full_replicas(settings: Settings) -> Settings:
-    """Return the settings of DiLoCo and Photon: weights only, undivided."""
-    outer = replace(settings.outer, name="average", momentum=0.0, fragments=1)
-    return replace(settings, outer=outer)
 
 
 def _place(

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fomoe_flwr.config import Settings, SettingsError
-from fomoe_flwr.plan.candidate import Candidate, Model, Unfit, Work, fit, with_full_replicas
+from fomoe_flwr.costs import as_diloco
+from fomoe_flwr.plan.candidate import Candidate, Model, Unfit, Work, fit
 from fomoe_flwr.plan.sites import NamedSite, Sites
 
 PENALTY = {
@@ -172,7 +173,7 @@ def _baselines(
     chosen: Candidate,
 ) -> list[Alternative]:
     """Reckon full replicas on all sites, synchronised as often as chosen and at every step."""
-    full = Model(with_full_replicas(settings), bounds.headroom)
+    full = Model(as_diloco(settings), bounds.headroom)
     everything, result = settings.model.num_experts, []
     needed = full.memory(everything) / (1 - bounds.headroom)
     small = [site.name for site in sites.sites if site.memory_bytes < needed]

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from fomoe_flwr.config import PATHS, Settings, SettingsError
+from fomoe_flwr.config import PATHS, Settings, SettingsError, quoted
 from fomoe_flwr.federation.deployment.process_family import (
     end_family,
     environment,
@@ -21,7 +21,6 @@ from fomoe_flwr.federation.deployment.process_family import (
     tool,
     wait_until_healthy,
 )
-from fomoe_flwr.federation.run_config import quoted
 from fomoe_flwr.files import save_text
 from fomoe_flwr.run.directory import RunDirectory
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fomoe_flwr.config import Settings, load_settings
+from fomoe_flwr.config import Settings, load_settings, quoted
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation.deployment.launch import is_complete, project_root, write_run_config
 from fomoe_flwr.federation.deployment.process_family import environment, tool
-from fomoe_flwr.federation.run_config import quoted
 from fomoe_flwr.run.checkpoint import stored_rounds
 from fomoe_flwr.run.directory import RunDirectory
 
