@@ -1,8 +1,8 @@
 """Run FoMoE and its baselines on the same text and number of tokens; print one table.
 
-    python benchmarks/experiments.py --seeds 3 --json results/demo.json rounds=8
+    python benchmarks/experiments.py --seeds 3 --json benchmarks/results/demo.json rounds=8
     python benchmarks/experiments.py --only photon --only fomoe-half --jobs 2 preset=tiny
-    python benchmarks/experiments.py --from-json results/demo.json --readme
+    python benchmarks/experiments.py --from-json benchmarks/results/demo.json --readme
     python benchmarks/experiments.py --series layouts --seeds 3 rounds=8
     python benchmarks/experiments.py --series codecs rounds=8 local.steps=8
     python benchmarks/experiments.py --series routing --seeds 3 --plot routing.png rounds=8

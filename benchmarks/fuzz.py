@@ -1,6 +1,6 @@
 """Throw spoilt messages at what reads them, and count: refused, accepted, and anything else.
 
-    python benchmarks/fuzz.py --seconds 60 --json results/fuzz.json
+    python benchmarks/fuzz.py --seconds 60 --json benchmarks/results/fuzz.json
 
 True arrays of every codec and true texts of tasks and replies are cut, lengthened, overwritten,
 spliced and bitten into, drawn from a seed. A reader must return finite numbers of the agreed size,

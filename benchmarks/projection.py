@@ -1,6 +1,6 @@
 """Project training time to models and sites that nobody has here, and say when FoMoE is worth it.
 
-    python benchmarks/projection.py --to results/projection --picture docs/images/projection.png
+    python benchmarks/projection.py --to benchmarks/results/projection --picture docs/images/projection.png
 
 Everything comes from `fomoe_flwr.costs`; the assumptions stand at the top of what it writes.
 """

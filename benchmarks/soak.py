@@ -1,6 +1,6 @@
 """Soak test: a secure loopback federation trains on while its processes are killed at random.
 
-    python benchmarks/soak.py --folder /tmp/soak --json results/soak.json
+    python benchmarks/soak.py --folder /tmp/soak --json benchmarks/results/soak.json
 
 A keeper starts killed processes again and a supervisor resumes the run when its server dies, as
 systemd does it in docs/deploy.md. Afterwards every round must have its record, every layout must

@@ -1,6 +1,6 @@
 """Run a sweep unattended, kill one of its jobs on purpose, and keep the table.
 
-    python benchmarks/sweep.py --dir outputs/sweep-tiny --json results/sweep-tiny.json
+    python benchmarks/sweep.py --dir outputs/sweep-tiny --json benchmarks/results/sweep-tiny.json
     python benchmarks/sweep.py --dir outputs/sweep-tiny --n-jobs 2
 
 Three overlaps, two layouts, two routing modes and two seeds of the tiny preset over four workers.

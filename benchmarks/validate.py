@@ -2,7 +2,7 @@
 
     python benchmarks/validate.py                        # everything, some minutes on two cores
     python benchmarks/validate.py bytes memory           # parts of it
-    python benchmarks/validate.py --to results/validation
+    python benchmarks/validate.py --to benchmarks/results/validation
 
 Bytes: whole federations in this process, every round held to its prediction, no difference
 allowed. Memory: training state tensor by tensor, and the growth of a fresh process (10 %). Steps:
