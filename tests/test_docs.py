@@ -1,7 +1,8 @@
 """The documentation: it builds without a warning, and what it tells people to type works.
 
-A page is a session: its shell blocks are run in order, in one empty folder (with `benchmarks/` and
-`results/` of the checkout beside it). A block that cannot be run says why in a comment before it:
+A page is a session: its shell blocks are run in order, in one empty folder (with `benchmarks/`
+and other folders of the checkout beside it). A block that cannot be run says why in a comment
+before it:
 
     <!-- not run: REASON -->
 
@@ -106,7 +107,7 @@ def test_every_fomoe_command_is_one(block: Block) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SESSIONS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
-    for name in ("benchmarks", "results", "conf", "tests", "docs", "examples", "deploy"):
+    for name in ("benchmarks", "conf", "tests", "docs", "examples", "deploy"):
         if (ROOT / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
     environment = {
@@ -131,7 +132,12 @@ def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_readmes_table_is_what_its_command_prints() -> None:
-    command = ["benchmarks/experiments.py", "--from-json", "results/demo.json", "--readme"]
+    command = [
+        "benchmarks/experiments.py",
+        "--from-json",
+        "benchmarks/results/demo.json",
+        "--readme",
+    ]
     printed = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
