@@ -84,7 +84,7 @@ class TorchTeam(Team):
         if not is_training:
             for module in self._shell.modules():
                 if isinstance(module, FSDPModule):
-                    # Only a backward pass would have done so.
+                    # FSDP2 does so by itself only in a backward pass.
                     module.reshard()
         return result
 
@@ -119,7 +119,7 @@ class TorchTeam(Team):
     def _from_first(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """Broadcast ids of the first process; all that belong to a model have one 3-d shape."""
         if not self._shape:
-            # Once, for reading it makes the host wait for the device.
+            # Read it once only: reading makes the host wait for the device.
             shape = torch.tensor(tensor.shape if tensor is not None else (0, 0, 0), device=device)
             dist.broadcast(shape, 0)
             self._shape = shape.tolist()

@@ -68,7 +68,7 @@ class NodeProcesses:
                 raise _KINDS[error.kind](str(error)) from error
             raise
         finally:
-            # What was read stays mapped.
+            # The tensors that were read stay mapped when their files are gone.
             shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:

@@ -5,8 +5,8 @@ S of the experts. `stock` is the same step with transformers' `grouped_mm` exper
 equal. `plain` is what transformers' Trainer does with the stock model: its loss over whole logits,
 nothing compiled, clipping and fused AdamW.
 
-On a CPU variants take turns step by step, so that a machine whose speed drifts drifts for all. On
-a GPU they run one after the other, alone, which is what their peak memory means.
+On a CPU the variants take turns step by step: if the machine's speed drifts, it drifts for all of
+them. On a GPU each variant runs alone, so that its peak memory is its own.
 """
 
 from __future__ import annotations
