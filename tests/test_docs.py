@@ -149,6 +149,36 @@ def test_the_readmes_table_is_what_its_command_prints() -> None:
     assert f"commit {commit[1]}" in readme
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
+
+
+def test_the_files_that_the_design_names_exist() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    assert len(named) > 20
+    places = (ROOT / "fomoe_flwr", ROOT)
+    assert sorted(path for path in named if not any((at / path).exists() for at in places)) == []
+
+
+def test_the_design_lists_every_room() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    text = text.partition("## The rooms")[2].partition("\n## ")[0]
+    rooms = {path.parent.name for path in (ROOT / "fomoe_flwr").glob("*/__init__.py")}
+    listed = {
+        name
+        for cell in re.findall(r"^\| \d+ \| ([^|]+) \|", text, flags=re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", cell)
+    }
+    assert listed == rooms | {"files", "errors"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 def test_every_page_is_in_the_sites_contents() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```{toctree}\n(.*?)```", index, flags=re.DOTALL)
