@@ -22,9 +22,9 @@ from fomoe_flwr.federation.wire import TaskHeader, WireError
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.worker.cache import CACHE
-from fomoe_flwr.worker.device import capacity_gib
-from fomoe_flwr.worker.multi_gpu import TEAM, team_size
-from fomoe_flwr.worker.round import RoundResult, RoundTask, pick_device, run_round
+from fomoe_flwr.worker.device import capacity_gib, pick_device
+from fomoe_flwr.worker.multi_gpu import NODE_PROCESSES, num_node_processes
+from fomoe_flwr.worker.round import RoundResult, RoundTask, run_round
 
 
 def answer_query(content: RecordDict, context: Context) -> RecordDict:
@@ -94,9 +94,9 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
         probe=torch.tensor(header.probe) if header.probe else None,
     )
-    count = team_size(task)
+    count = num_node_processes(task)
     if count > 1:
-        result = TEAM.run_round(task, data, count)
+        result = NODE_PROCESSES.run_round(task, data, count)
     else:
         result = run_round(task, partial(CACHE.batches, data))
     overhead = time.perf_counter() - started - result.report.seconds
