@@ -17,7 +17,7 @@ class LocalWorker:
     """One worker's training alone: residents only, the steps that a run takes."""
 
     def __init__(self, settings: Settings, residents: Sequence[Sequence[int]]) -> None:
-        local, model = settings.local, settings.model
+        model = settings.model
         config = transformers_config(model, settings.data.sequence_length)
         self.settings = settings
         self.model = build_model(model, config, residents, seed=0)
