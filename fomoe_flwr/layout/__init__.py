@@ -13,17 +13,3 @@ from fomoe_flwr.layout.draw import check_layout, draw_layout
 from fomoe_flwr.layout.presence import settle
 from fomoe_flwr.layout.rehoming import Rehomed, rehome
 from fomoe_flwr.layout.table import Layout
-
-__all__ = [
-    "MOVING_KINDS",
-    "Layout",
-    "LayoutContext",
-    "Rehomed",
-    "begins_period",
-    "check_layout",
-    "draw_layout",
-    "load_lower_bound",
-    "rehome",
-    "settle",
-    "worker_loads",
-]

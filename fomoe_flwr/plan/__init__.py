@@ -9,22 +9,3 @@ from fomoe_flwr.plan.candidate import Candidate, Unfit, fit
 from fomoe_flwr.plan.document import plan_json, plan_overrides, plan_toml, plan_yaml, show_plan
 from fomoe_flwr.plan.search import Alternative, Bounds, Plan, default_overlap, make_plan
 from fomoe_flwr.plan.sites import NamedSite, Sites, read_sites
-
-__all__ = [
-    "Alternative",
-    "Bounds",
-    "Candidate",
-    "NamedSite",
-    "Plan",
-    "Sites",
-    "Unfit",
-    "default_overlap",
-    "fit",
-    "make_plan",
-    "plan_json",
-    "plan_overrides",
-    "plan_toml",
-    "plan_yaml",
-    "read_sites",
-    "show_plan",
-]

@@ -8,13 +8,3 @@ HTML file, and `live` keeps that file up to date.
 from fomoe_flwr.report.console import print_before, print_end, print_round, print_start
 from fomoe_flwr.report.environment import environment
 from fomoe_flwr.report.live import LiveReport, write_report
-
-__all__ = [
-    "LiveReport",
-    "environment",
-    "print_before",
-    "print_end",
-    "print_round",
-    "print_start",
-    "write_report",
-]
