@@ -21,8 +21,9 @@ from fomoe_flwr.config.paper_rows import ROWS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "settings.md"
 
-_HEAD = """<!-- Written by scripts/settings_reference.py from fomoe_flwr/config/ and conf/. -->
-# Settings
+_HEAD = """# Settings
+
+<!-- Written by scripts/settings_reference.py from fomoe_flwr/config/ and conf/. -->
 
 Every setting is a Hydra override: `fomoe run KEY=VALUE`, or
 `flwr run . --run-config 'overrides="KEY=VALUE"'`. A wrong key or value is refused before anything
@@ -33,8 +34,8 @@ _PRESETS = """
 ## Presets
 
 A file of `conf/` sets several keys at once: `fomoe run GROUP=NAME`. The last column says what
-differs from the defaults above. In a group of settings, keys stand without the group's name. `preset` and
-`experiment` may pick from other groups too. What stands on the command line wins.
+differs from the defaults above. In a group of settings, keys stand without the group's name.
+`preset` and `experiment` may pick from other groups too. What stands on the command line wins.
 """
 
 _PAPER = """
