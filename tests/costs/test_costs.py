@@ -152,7 +152,7 @@ def test_memory_counts_weights_gradients_and_moments() -> None:
 def test_skip_limits(
     model: ModelSettings, sequence_length: int, share: float, limits: tuple[float, ...]
 ) -> None:
-    # Vectors: research/performance.md section 3.
+    # Worked out by hand: f is the experts' share, and the limit is 1 / (1 - f (1 - a)).
     found = costs.token_flops(model, sequence_length).expert_share
     assert found == pytest.approx(share, abs=0.006)
     for resident, limit in zip((0.75, 0.5, 0.25, 0.125), limits, strict=True):
