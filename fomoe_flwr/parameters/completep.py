@@ -3,8 +3,8 @@
 m_d and m_L are the model's width and depth over those of its proxy. The rules are those of the code
 that FoMoE's authors train with (their fork of LLM Foundry, github.com/relogu/llm-foundry, commit
 ab08c44). That code names no group for experts and router. Here experts are hidden matrices, and the
-router is an output matrix (arXiv 2508.09752). The multipliers of logits, branches and initialisation
-stand in `model.fomoe`.
+router is an output matrix (arXiv 2508.09752). `model.fomoe` has the multipliers of logits, branches
+and initialisation.
 """
 
 from __future__ import annotations
