@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from pygments.lexers.special import TextLexer
 from sphinx.application import Sphinx
 
 sys.path[:0] = [str(Path(__file__).parent / "_ext"), str(Path(__file__).parents[1])]
@@ -46,3 +47,5 @@ def _drop_empty_patterns(app: Sphinx, name: str, source: list[str]) -> None:
 def setup(app: Sphinx) -> None:
     """Connect what this site does beside its extensions."""
     app.connect("source-read", _drop_empty_patterns)
+    # GitHub draws these; the site, which fetches no script, shows their text.
+    app.add_lexer("mermaid", TextLexer)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported: tiny tensors gain nothing from threads that fight over a few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from fomoe_flwr.config import DataSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from fomoe_flwr.run.directory import RunDirectory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,3 +78,34 @@ def of_family() -> Callable[[ModelSettings, str], ModelSettings]:
         )
 
     return adapt
+
+
+@pytest.fixture
+def words(small_text: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the command of a small run, without plots: they take longer than the run."""
+    from fomoe_flwr.report import live
+
+    monkeypatch.setattr(live, "write_report", lambda run: [])
+    return [
+        "run",
+        "preset=tiny",
+        f"data.path={small_text}",
+        "local.threads=1",
+        "local.steps=2",
+        "local.batch_size=2",
+        "eval.max_tokens=512",
+        "eval.sample_tokens=4",
+    ]
+
+
+@pytest.fixture
+def start(words: list[str], tmp_path: Path) -> Callable[..., RunDirectory]:
+    """Return a function that does a whole run under `tmp_path`."""
+    from fomoe_flwr.cli.main import main
+    from fomoe_flwr.run.directory import RunDirectory
+
+    def run(name: str, *overrides: str) -> RunDirectory:
+        assert main([*words, f"output_dir={tmp_path / name}", *overrides]) == 0
+        return RunDirectory(tmp_path / name)
+
+    return run

@@ -5,22 +5,21 @@ The real server strategy and client app exchange real messages; only the data is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flwr.app import Message, MessageType
+from micro import MICRO as MICRO
+from micro import micro as micro
 from torch import Tensor
 
 from fomoe_flwr import files
 from fomoe_flwr.aggregation.outer_step import OuterStep
-from fomoe_flwr.config import Settings, check, load_settings
+from fomoe_flwr.config import Settings
 from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import client, wire
 from fomoe_flwr.federation.apps import client_app
@@ -34,54 +33,17 @@ from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import StateSpec, state_of
 from fomoe_flwr.parameters.fragments import fragment_of_round, moments_of_round
 from fomoe_flwr.worker.round import RoundResult, RoundTask
-from fomoe_flwr.worker.training import LocalReport
+from fomoe_flwr.worker.trainer import LocalReport
 
 Weights = dict[str, Tensor]
 
-MICRO = (
-    "preset=tiny",
-    "rounds=2",
-    "model.hidden_size=16",
-    "model.expert_size=8",
-    "model.num_experts=6",
-    "model.vocab_size=260",
-    "model.init_std=0.2",
-    "data.sequence_length=8",
-    "layout.num_workers=3",
-    "layout.overlap=2",
-    "local.steps=2",
-    "local.batch_size=4",
-    "local.warmup_steps=2",
-    "local.schedule=constant",
-    "local.eps=1e-6",
-    "local.threads=1",
-    "local.device=cpu",
-    "federation.node_wait_seconds=0",
-)
-"""Three workers, two layers of six experts, two steps a round: milliseconds."""
-
-
-def micro(*overrides: str) -> Settings:
-    """Return micro settings; only presets go through Hydra, which is slow, and only once."""
-    words = [*MICRO, *overrides]
-    single = [w for w in words if "." in w.partition("=")[0] or w.startswith(("rounds=", "seed="))]
-    settings = deepcopy(_composed(tuple(word for word in words if word not in single)))
-    for word in single:
-        key, _, text = word.partition("=")
-        *path, name = key.split(".")
-        node: Any = settings
-        for part in path:
-            node = getattr(node, part)
-        kind = type(getattr(node, name))
-        setattr(node, name, json.loads(text) if kind in (bool, list) else kind(text))
-    check(settings)
-    return settings
-
-
-@cache
-def _composed(words: tuple[str, ...]) -> Settings:
-    # So many rounds that every preset passes its checks.
-    return load_settings([*words, "rounds=100", "layout.num_workers=3", "layout.overlap=3"])
+OUTER = {
+    "average": ["outer=average"],
+    "nesterov": ["outer=nesterov"],
+    "local_adamw": ["outer=local_adamw"],
+    "des_loc": ["outer=des_loc", "outer.first_moment_every=2", "outer.second_moment_every=3"],
+}
+"""Every outer mode, with periods that differ."""
 
 
 class Counting:
@@ -258,3 +220,25 @@ def assert_identical(got: Weights, want: Weights) -> None:
     assert got.keys() == want.keys()
     for key, value in want.items():
         assert torch.equal(got[key], value), key
+
+
+def failures(federation: Federation) -> dict[int, dict[int, str]]:
+    """Return what failed, by round and worker."""
+    return {
+        s.record.server_round: s.record.failures for s in federation.rounds if s.record.failures
+    }
+
+
+def fragment_part(key: str, value: Tensor, fragment: int, fragments: int) -> Tensor:
+    """View the part of a full key that a fragment carries, by its definition."""
+    if ".layers." in key:
+        mine = int(key.split(".")[2]) % fragments == fragment
+        return value if mine else value[:0]
+    rows = len(value)
+    return value[rows * fragment // fragments : rows * (fragment + 1) // fragments]
+
+
+Federate = Callable[..., Federation]
+"""Runs a micro federation with overrides, in a folder of its own."""
+OneRound = Callable[..., tuple[Weights, Federation]]
+"""Runs one round with overrides; returns how far every weight moved, and the federation."""

@@ -1,7 +1,8 @@
 """The documentation: it builds without a warning, and what it tells people to type works.
 
-A page is a session: its shell blocks are run in order, in one empty folder (with `benchmarks/` and
-`results/` of the checkout beside it). A block that cannot be run says why in a comment before it:
+A page is a session: its shell blocks are run in order, in one empty folder (with `benchmarks/`
+and other folders of the checkout beside it). A block that cannot be run says why in a comment
+before it:
 
     <!-- not run: REASON -->
 
@@ -106,7 +107,7 @@ def test_every_fomoe_command_is_one(block: Block) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SESSIONS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
-    for name in ("benchmarks", "results", "conf", "tests", "docs", "examples", "deploy"):
+    for name in ("benchmarks", "conf", "tests", "docs", "examples", "deploy"):
         if (ROOT / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
     environment = {
@@ -131,7 +132,12 @@ def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_readmes_table_is_what_its_command_prints() -> None:
-    command = ["benchmarks/experiments.py", "--from-json", "results/demo.json", "--readme"]
+    command = [
+        "benchmarks/experiments.py",
+        "--from-json",
+        "benchmarks/results/demo.json",
+        "--readme",
+    ]
     printed = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
@@ -141,6 +147,36 @@ def test_the_readmes_table_is_what_its_command_prints() -> None:
     commit = re.search(r"commit (\w+)", provenance)
     assert commit is not None
     assert f"commit {commit[1]}" in readme
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
+
+
+def test_the_files_that_the_design_names_exist() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    assert len(named) > 20
+    places = (ROOT / "fomoe_flwr", ROOT)
+    assert sorted(path for path in named if not any((at / path).exists() for at in places)) == []
+
+
+def test_the_design_lists_every_room() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    text = text.partition("## The rooms")[2].partition("\n## ")[0]
+    rooms = {path.parent.name for path in (ROOT / "fomoe_flwr").glob("*/__init__.py")}
+    listed = {
+        name
+        for cell in re.findall(r"^\| \d+ \| ([^|]+) \|", text, flags=re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", cell)
+    }
+    assert listed == rooms | {"files", "errors"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_every_page_is_in_the_sites_contents() -> None:

@@ -5,7 +5,7 @@ one is there and are then read a slab at a time: memory is that of the plain mea
 holds what workers sent. The files have no name and go with the process, however it ends.
 
 Trimmed mean and median bound what a minority of an expert's holders can do (Yin et al., ICML 2018).
-One copy is believed, and so is the mean of two.
+A single copy is taken as it is; of two copies the mean is taken.
 """
 
 from __future__ import annotations

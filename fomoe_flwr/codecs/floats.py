@@ -30,6 +30,6 @@ def from_bytes(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
     if not len(data):
         return torch.empty(0, dtype=dtype)
     with warnings.catch_warnings():
-        # torch warns that bytes are not ours to write to; nobody does.
+        # torch warns that these bytes are read-only. Nobody writes to them.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(data, dtype=dtype)

@@ -321,9 +321,14 @@ class Settings:
     costs: CostSettings = field(default_factory=CostSettings)
 
     @property
-    def step_tokens(self) -> int:
+    def tokens_per_worker_step(self) -> int:
         """Tokens of one optimizer step on one worker."""
         return self.local.batch_size * self.local.accumulate * self.data.sequence_length
+
+    @property
+    def tokens_per_worker_round(self) -> int:
+        """Tokens that a round gives one worker."""
+        return self.local.steps * self.tokens_per_worker_step
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, ready for YAML or JSON."""

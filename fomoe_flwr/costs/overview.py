@@ -286,7 +286,7 @@ def _flops(case: Case) -> list[Line]:
 
 def _batches(case: Case) -> list[Line]:
     local, model = case.settings.local, case.settings.model
-    step_tokens = case.layout.num_workers * case.settings.step_tokens
+    step_tokens = case.layout.num_workers * case.settings.tokens_per_worker_step
     return [
         Line(
             "batch/shared_tokens",

@@ -13,6 +13,6 @@ class DataError(InputError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a foreign error, for messages of our own must be one line."""
+    """Return the first line of another library's error: our own messages have one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -107,9 +107,9 @@ def fingerprint(data: DataSettings) -> str:
 
 
 def signature(data: DataSettings) -> str:
-    """Return paths, sizes and times of the files: another text, as long as nobody hides it.
+    """Return paths, sizes and times of the files, which change when the text changes.
 
-    Much cheaper than `fingerprint`, but it means something on one machine only.
+    Much cheaper than `fingerprint`. It has a meaning on one machine only, and it trusts the times.
     """
     _refuse_stream(data)
     files = list_files(data.path) if data.path else []

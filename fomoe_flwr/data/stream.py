@@ -106,7 +106,7 @@ def row_text(row: dict[str, Any], data: DataSettings) -> str:
 
 
 def stream_error(data: DataSettings, error: BaseException) -> DataError:
-    """Return a foreign error of the stream as one of ours."""
+    """Return another library's error about the stream as a DataError."""
     return DataError(
         f"data.dataset={data.dataset!r} cannot be read ({first_line(error)}); "
         "check data.dataset, data.dataset_config, data.path and the network"

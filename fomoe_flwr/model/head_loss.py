@@ -2,7 +2,8 @@
 
 The gradient of the mean loss is known as soon as the logits are, so the forward pass takes the
 tokens in chunks and leaves the gradients of the hidden states and of the head; of [T, V] logits
-only a chunk ever exists. All costs three products, as with whole logits: nothing is recomputed.
+only a chunk ever exists. The cost is three matrix products, as with whole logits: nothing is
+recomputed.
 
 Shape legend: T tokens, D model width, V vocabulary, C tokens of a chunk.
 """

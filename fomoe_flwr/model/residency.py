@@ -2,7 +2,7 @@
 
 A ghost expert is never allocated: the model is built on the meta device, its expert parameters are
 cut to `[R, ...]` there, and only then does memory appear. Which parameters are cut is decided by
-`routing.is_expert_key` alone.
+`parameters.keys.is_expert_key` alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the routers do: the balance loss of a step, the routing counts of a round, the choices.
+"""What the routers do: the losses of a step, the routing counts of a round, the choices.
 
 Shape legend: T tokens, K chosen experts, E scored experts (residents only in `partitioned`),
 L layers, B windows, S tokens of a window.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fomoe_flwr.model.residency import Residents, moe_blocks
+from fomoe_flwr.model.router_losses import RouterLosses, compiled_losses, router_losses
 
 
 @dataclass
@@ -47,20 +47,6 @@ class RoutingCounts:
         return _ratio(float(self.all_ghost.sum()), float(self.tokens * len(self.all_ghost)))
 
 
-@dataclass(frozen=True)
-class RouterLosses:
-    """Losses on the routers of one forward pass, unweighted."""
-
-    balance: Tensor
-    """E * sum_i f_i P_i (Switch): f_i share of assignments to expert i, P_i its mean probability.
-
-    Sigmoid scores are normalised over the experts first; 1 is perfect balance. In `skip_token`
-    ghosts take part, so that a worker's router does not forget them.
-    """
-    z: Tensor
-    """Mean squared logsumexp of the logits."""
-
-
 class RouterProbe:
     """Listens to every router of a model.
 
@@ -80,7 +66,7 @@ class RouterProbe:
         compiled: bool = False,
     ) -> None:
         self.num_experts = num_experts
-        self._losses = _compiled_losses() if compiled else _router_losses
+        self._losses = compiled_losses() if compiled else router_losses
         self._layers = {
             layer: _Listener(block, num_experts, None if residents is None else residents[layer])
             for layer, block in moe_blocks(model)
@@ -227,26 +213,6 @@ def _load(chosen_TK: Tensor, num_experts: int) -> Tensor:
         flat = chosen_TK.reshape(-1).float()
         return torch.histc(flat, bins=num_experts, min=0, max=num_experts).long()
     return torch.bincount(chosen_TK.reshape(-1), minlength=num_experts)
-
-
-def _router_losses(logits_TE: Tensor, share_E: Tensor, is_sigmoid: bool) -> tuple[Tensor, Tensor]:
-    """Return the balance loss and the z-loss of one router."""
-    logits_TE = logits_TE.float()
-    if is_sigmoid:
-        score_TE = logits_TE.sigmoid()
-        probability_TE = score_TE / score_TE.sum(-1, keepdim=True)
-    else:
-        probability_TE = torch.softmax(logits_TE, -1)
-    balance = logits_TE.shape[-1] * (share_E * probability_TE.mean(0)).sum()
-    return balance, logits_TE.logsumexp(-1).square().mean()
-
-
-@cache
-def _compiled_losses() -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
-    compiled: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]] = torch.compile(
-        _router_losses, dynamic=False
-    )
-    return compiled
 
 
 def chosen_experts(

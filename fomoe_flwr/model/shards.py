@@ -51,7 +51,7 @@ def parted_like(tensor: Tensor, value: Tensor) -> Tensor:
     return parted
 
 
-class Wholes(Mapping[str, Tensor]):
+class FullTensors(Mapping[str, Tensor]):
     """A state whose tensors are gathered one by one, when they are asked for.
 
     All processes must ask for the same keys in the same order.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fomoe_flwr.config import Settings, SettingsError
-from fomoe_flwr.parallel.deal import Deal, most_processes
+from fomoe_flwr.parallel.batch_split import BatchSplit, most_processes
 
 COMFORTABLE_SHARE = 0.5
 """Share of a GPU's memory that the training state may take; activations need the rest."""
@@ -19,7 +19,7 @@ def num_processes(settings: Settings, device: str, num_gpus: int) -> int:
 
     `local.processes=0` means one for every GPU that gets something to do; without a GPU, and with
     CUDA graphs, which belong to one process, it means one. Raises SettingsError if the node has
-    fewer GPUs than `local.processes`, or if a step cannot be dealt out to so many.
+    fewer GPUs than `local.processes`, or if a step cannot be split among so many.
     """
     local = settings.local
     if local.parallel == "none":
@@ -32,4 +32,4 @@ def num_processes(settings: Settings, device: str, num_gpus: int) -> int:
             f"local.processes={local.processes} needs as many GPUs, this node shows {num_gpus}: "
             "use 0 for all that there are"
         )
-    return Deal.of(local, local.processes).num_processes
+    return BatchSplit.of(local, local.processes).num_processes

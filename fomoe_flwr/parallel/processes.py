@@ -2,7 +2,7 @@
 
 They are started by `python -m MODULE`, neither forked nor through pickle: the starter may be a Ray
 actor, a process of Flower or a warm worker, with threads, a GPU or a main module of its own. A job
-and its answer are JSON on pipes of their own. Whoever fails ends all of them: the others would wait
+and its answer are JSON on pipes of their own. If one fails, all of them end: the others would wait
 for it for ever. If the starter dies its pipes close, and the processes end too.
 """
 
@@ -111,7 +111,7 @@ class Processes:
                         failures.append(_Failure.of(child, answer))
                         selector.unregister(child.answers)
         if failures:
-            # One that was killed told nobody; of the others the first one knows best.
+            # A killed process leaves no error. The first of the other errors names the cause.
             first = min(failures, key=lambda failure: failure.when)
             raise ProcessesError(f"process {first.rank} of {self.count} {first.text}", first.kind)
         return answers
@@ -164,7 +164,7 @@ class _Child:
 
     def give(self, job: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None
-        # One that is dead already says so by the end of its answers.
+        # If the process is dead already, the end of its answers will tell.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()

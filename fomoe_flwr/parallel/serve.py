@@ -39,7 +39,7 @@ def serve(do: Callable[[Job, TorchTeam], Mapping[str, Any]]) -> None:
         except BaseException as error:
             traceback.print_exc()
             seat.fail(error)
-            # Not by the usual way out: it may wait for the others, who wait for this one.
+            # A normal exit may wait for the other processes, and they wait for this one.
             os._exit(1)
         seat.answer(answer)
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fomoe_flwr.config import LocalSettings
-from fomoe_flwr.parallel.deal import Deal
+from fomoe_flwr.parallel.batch_split import BatchSplit
 from fomoe_flwr.parallel.team import Team, to_device
 
 if TYPE_CHECKING:
@@ -84,13 +84,13 @@ class TorchTeam(Team):
         if not is_training:
             for module in self._shell.modules():
                 if isinstance(module, FSDPModule):
-                    # Only a backward pass would have done so.
+                    # FSDP2 does so by itself only in a backward pass.
                     module.reshard()
         return result
 
     def passes(self, settings: LocalSettings) -> int:
         """Return the forward and backward passes of this process in a step."""
-        return Deal.of(settings, self.size).passes
+        return BatchSplit.of(settings, self.size).passes
 
     def micro_batches(
         self, batches: Batches, settings: LocalSettings, device: torch.device
@@ -99,16 +99,16 @@ class TorchTeam(Team):
 
         So a text or stream is read once, has one cursor, and may be anything that gives batches.
         """
-        deal = Deal.of(settings, self.size)
-        index, rows = deal.place(self.rank)
-        share = deal.share(self.rank)
-        for number in range(deal.passes):
+        split = BatchSplit.of(settings, self.size)
+        index, rows = split.place(self.rank)
+        share = split.share(self.rank)
+        for number in range(split.passes):
             windows = None
             if self.is_first:
-                windows = torch.stack([batches.next_batch() for _ in range(deal.together)])
-            dealt = self._from_first(windows, device)
-            self._is_last_pass = number == deal.passes - 1
-            yield dealt[index, rows], share
+                windows = torch.stack([batches.next_batch() for _ in range(split.together)])
+            windows_here = self._from_first(windows, device)
+            self._is_last_pass = number == split.passes - 1
+            yield windows_here[index, rows], share
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over the processes."""
@@ -119,7 +119,7 @@ class TorchTeam(Team):
     def _from_first(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """Broadcast ids of the first process; all that belong to a model have one 3-d shape."""
         if not self._shape:
-            # Once, for reading it makes the host wait for the device.
+            # Read it once only: reading makes the host wait for the device.
             shape = torch.tensor(tensor.shape if tensor is not None else (0, 0, 0), device=device)
             dist.broadcast(shape, 0)
             self._shape = shape.tolist()

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from fomoe_flwr.config import Settings, SettingsError
+from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import layout_context
 from fomoe_flwr.data.source import check_data
 from fomoe_flwr.layout import check_layout
 from fomoe_flwr.model.pretrained import check_pretrained
+from fomoe_flwr.parallel.batch_split import BatchSplit
 from fomoe_flwr.parallel.choice import num_processes
-from fomoe_flwr.parallel.deal import Deal
 from fomoe_flwr.run.directory import claim_output_dir
 from fomoe_flwr.run.tracking import check_tracker
-from fomoe_flwr.worker.round import pick_device
+from fomoe_flwr.worker.device import check_device, pick_device
 
 
 def preflight(settings: Settings) -> None:
@@ -24,11 +24,10 @@ def preflight(settings: Settings) -> None:
     check_layout(settings.layout, model.num_layers, model.num_experts, layout_context(settings))
     # Only here is the worker's machine known to be this one.
     is_here = settings.engine == "in_process"
-    if is_here and settings.local.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
     if settings.local.processes:
-        Deal.of(settings.local, settings.local.processes)
+        BatchSplit.of(settings.local, settings.local.processes)
     if is_here:
+        check_device(settings.local)
         num_processes(settings, pick_device(settings.local.device).type, torch.cuda.device_count())
     if model.pretrained:
         check_pretrained(Path(model.pretrained), model)

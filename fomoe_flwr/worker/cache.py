@@ -78,24 +78,24 @@ class WorkerCache:
     ) -> Iterator[PreTrainedModel]:
         """Lend a model of these residents, prepared for its execution, with weights of any value.
 
-        It is parted among the team, of which a process is in one at most.
+        The model is split among the team; a process belongs to one team at most.
 
-        A model of the same shapes is used again. One that was lent when a round failed is not: who
-        knows what it left there.
+        A model of the same shapes is used again. If a round failed, its model is not used again:
+        nobody knows what the round left in it.
         """
         shape, execution, length = settings.model, settings.execution, settings.data.sequence_length
         counts = [len(layer) for layer in residents]
-        # `local` too: training may have its own ways with a model, such as its precision.
+        # `local` belongs to the key too: its precision changes the model.
         key = repr((shape, execution, settings.local, length, counts, device, team.name))
         model = self._models.pop(key, None)
-        # Before another one is built: there is memory for one.
+        # Drop the old model first: memory holds only one.
         self._models.clear()
         if model is None:
             team.let_go()
             config = self._spec(settings)[0]
 
             def arrange(built: PreTrainedModel) -> None:
-                # Before it is parted: shards cannot change their type.
+                # Cast before the model is split: shards cannot change their type.
                 cast_parameters(built, settings.local.precision)
                 team.arrange(built)
 

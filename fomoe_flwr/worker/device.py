@@ -1,4 +1,4 @@
-"""A node's memory: what its operator grants for training state, or a share of what it has."""
+"""The device that a worker trains on, and the memory that its node grants it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,23 @@ from typing import Any
 import psutil
 import torch
 
+from fomoe_flwr.config import LocalSettings, SettingsError
 from fomoe_flwr.errors import InputError
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve `auto` to the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def check_device(local: LocalSettings) -> None:
+    """Refuse a GPU that is not there. Raises SettingsError."""
+    if local.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
 
 
 def capacity_gib(granted: Any, share: float, device: torch.device) -> float:

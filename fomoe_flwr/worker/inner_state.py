@@ -22,28 +22,22 @@ from torch import Tensor, nn
 
 from fomoe_flwr.config import LocalSettings
 from fomoe_flwr.model.residency import Residents
-from fomoe_flwr.model.shards import Wholes, local, parted_like, rows_here, whole
+from fomoe_flwr.model.shards import FullTensors, local, parted_like, rows_here, whole
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.model.tensor_files import save_tensors
 from fomoe_flwr.parameters.fragments import MOMENTS as _MOMENTS
 from fomoe_flwr.parameters.keys import RoutingMode, is_expert_key, layer_of
+from fomoe_flwr.worker.state_files import WEIGHTS
 
-_WEIGHTS = "weights/"
 _NEGLIGIBLE = 1e-6
-
-
-def stored_weights(path: Path) -> dict[str, Tensor]:
-    """Read the weights that were saved with an inner state. Raises OSError if there are none."""
-    with safe_open(path, framework="pt") as stored:
-        names = [name for name in stored.keys() if name.startswith(_WEIGHTS)]  # noqa: SIM118
-        return {name.removeprefix(_WEIGHTS): stored.get_tensor(name) for name in names}
 
 
 @dataclass
 class InnerState:
-    """Ages of residents, and the way in and out of a torch optimizer and a file."""
+    """The state of a torch optimizer with an age for each resident; goes to a file and back."""
 
     model: nn.Module
+    optimizer: torch.optim.Optimizer
     settings: LocalSettings
     routing: RoutingMode
     residents: Residents
@@ -60,14 +54,14 @@ class InnerState:
         if not self._ages:
             self._ages = [torch.zeros(len(r), dtype=torch.long) for r in self.residents]
 
-    def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    def step(self, rate: float) -> None:
         """Take one optimizer step; give experts younger than the worker the step of their age."""
         corrected = self._corrections()
         before = {p: local(p)[rows].clone() for p, rows, _, _ in corrected}
-        optimizer.step()
+        self.optimizer.step()
         decay = {
             p: rate * g.get("lr_multiplier", 1.0) * g["weight_decay"]
-            for g in optimizer.param_groups
+            for g in self.optimizer.param_groups
             for p in g["params"]
         }
         for parameter, rows, bias, warmup in corrected:
@@ -116,18 +110,12 @@ class InnerState:
         t = steps.double()
         return (1 - self.settings.beta2**t).sqrt() / (1 - self.settings.beta1**t)
 
-    def moments(self, optimizer: torch.optim.Optimizer, name: str) -> State:
+    def moments(self, name: str) -> State:
         """Return one of Adam's moments by state key."""
-        parameters = self.model.named_parameters()
-        return Wholes({key: optimizer.state[p][name] if p.numel() else p for key, p in parameters})
+        parameters, state = self.model.named_parameters(), self.optimizer.state
+        return FullTensors({key: state[p][name] if p.numel() else p for key, p in parameters})
 
-    def adopt(
-        self,
-        optimizer: torch.optim.Optimizer,
-        moments: Mapping[str, State],
-        part: StateSpec,
-        steps: int,
-    ) -> None:
+    def adopt(self, moments: Mapping[str, State], part: StateSpec, steps: int) -> None:
         """Take moments that the server averaged, as if they had `steps` local steps behind them.
 
         A single moment goes only where the other one is: a first moment over a fresh second one
@@ -141,7 +129,7 @@ class InnerState:
             parameter = parameters[entry.key]
             if not parameter.numel():
                 continue
-            state = optimizer.state[parameter]
+            state = self.optimizer.state[parameter]
             rows: slice | Tensor = slice(None)
             if entry.layer is not None and not both:
                 rows = self._ages[entry.layer] == self._steps
@@ -166,11 +154,7 @@ class InnerState:
                 self._ages[layer].fill_(steps)
 
     def save(
-        self,
-        optimizer: torch.optim.Optimizer,
-        path: Path,
-        weights: Mapping[str, Tensor] | None = None,
-        is_writer: bool = True,
+        self, path: Path, weights: Mapping[str, Tensor] | None = None, is_writer: bool = True
     ) -> None:
         """Write moments, ages, cursor and `weights` to one safetensors file, atomically.
 
@@ -181,8 +165,8 @@ class InnerState:
         tensors: dict[str, Tensor] = {}
         for name, p in self.model.named_parameters():
             for moment in _MOMENTS:
-                if self.settings.keep_inner_state and moment in optimizer.state.get(p, {}):
-                    value = whole(optimizer.state[p][moment])
+                if self.settings.keep_inner_state and moment in self.optimizer.state.get(p, {}):
+                    value = whole(self.optimizer.state[p][moment])
                     if is_writer:
                         tensors[f"{moment}/{name}"] = value.cpu().contiguous()
         if not is_writer:
@@ -191,24 +175,24 @@ class InnerState:
             tensors[f"age/{layer}"] = ages
             tensors[f"resident/{layer}"] = torch.tensor(self.residents[layer], dtype=torch.long)
         for name, value in (weights or {}).items():
-            tensors[f"{_WEIGHTS}{name}"] = value.detach().cpu().contiguous()
+            tensors[f"{WEIGHTS}{name}"] = value.detach().cpu().contiguous()
         meta = {"steps": str(self._steps), "cursor": json.dumps(self.cursor)}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, path, meta)
 
-    def restore(self, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    def restore(self, path: Path) -> None:
         """Read a stored state into the optimizer; leave everything fresh if there is none.
 
         Experts that were not resident when it was stored start with zero moments and age 0.
         """
         try:
             with safe_open(path, framework="pt") as stored:
-                self._adopt(optimizer, stored)
+                self._adopt(stored)
         except (OSError, SafetensorError):
             return
         self.is_fresh = not self.settings.keep_inner_state
 
-    def _adopt(self, optimizer: torch.optim.Optimizer, stored: safe_open) -> None:
+    def _adopt(self, stored: safe_open) -> None:
         meta = stored.metadata() or {}
         self.cursor = json.loads(meta["cursor"])
         if not self.settings.keep_inner_state:
@@ -237,7 +221,7 @@ class InnerState:
                 if is_expert:
                     value = _rows(value, origin[layer_of(name)])
                 state[moment] = parted_like(parameter, value)
-            optimizer.state[parameter] = state
+            self.optimizer.state[parameter] = state
 
 
 def _rows(stored: Tensor, source: Tensor) -> Tensor:

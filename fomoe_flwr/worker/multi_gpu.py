@@ -14,9 +14,10 @@ from fomoe_flwr.data import DataError
 from fomoe_flwr.data.source import NodeData
 from fomoe_flwr.parallel.choice import num_processes
 from fomoe_flwr.parallel.processes import Processes, ProcessesError
-from fomoe_flwr.worker.round import LostStateError, RoundResult, RoundTask, pick_device
+from fomoe_flwr.worker.device import pick_device
+from fomoe_flwr.worker.round import LostStateError, RoundResult, RoundTask
 from fomoe_flwr.worker.task_folder import read_result, write_task
-from fomoe_flwr.worker.training import TrainingError
+from fomoe_flwr.worker.trainer import TrainingError
 
 TIMEOUT_SECONDS = 600.0
 """Patience of processes with each other: one may read text or compile while the others wait."""
@@ -24,7 +25,7 @@ TIMEOUT_SECONDS = 600.0
 _KINDS = {kind.__name__: kind for kind in (DataError, LostStateError, TrainingError)}
 
 
-class WorkerTeam:
+class NodeProcesses:
     """The processes of a node, kept from round to round: their start takes seconds."""
 
     def __init__(self, module: str = "fomoe_flwr.worker.rank") -> None:
@@ -38,7 +39,7 @@ class WorkerTeam:
         return self._processes.pids if self._processes else []
 
     def run_round(self, task: RoundTask, data: NodeData, count: int) -> RoundResult:
-        """Train one round in `count` processes; see `worker.run_round`.
+        """Train one round in `count` processes; see `worker.round.run_round`.
 
         Raises what the first process to fail raised, or ProcessesError if one died; none is left
         then, and the next round starts new ones.
@@ -67,7 +68,7 @@ class WorkerTeam:
                 raise _KINDS[error.kind](str(error)) from error
             raise
         finally:
-            # What was read stays mapped.
+            # The tensors that were read stay mapped when their files are gone.
             shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
@@ -85,12 +86,12 @@ class WorkerTeam:
         return processes
 
 
-TEAM = WorkerTeam()
+NODE_PROCESSES = NodeProcesses()
 """This process's own."""
-atexit.register(TEAM.close)
+atexit.register(NODE_PROCESSES.close)
 
 
-def team_size(task: RoundTask) -> int:
+def num_node_processes(task: RoundTask) -> int:
     """Return in how many processes this node trains a task's round. Raises SettingsError."""
     device = pick_device(task.settings.local.device).type
     return num_processes(task.settings, device, torch.cuda.device_count())

@@ -1,4 +1,4 @@
-"""One of the processes in which a node with several GPUs trains; started by `worker_team`."""
+"""One of the processes in which a node with several GPUs trains; `multi_gpu` starts it."""
 
 from __future__ import annotations
 

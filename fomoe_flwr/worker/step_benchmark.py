@@ -1,12 +1,12 @@
 """The step benchmark: how fast a worker trains, and how near that is to what is possible.
 
-Every variant takes real steps (`training.train`) on random tokens. `ours` at a resident share is
-what a worker with so many residents does; `stock` is the same step with transformers' `grouped_mm`
-experts, everything else equal; `plain` is what transformers' Trainer does with the stock model: its
-loss over whole logits, nothing compiled, clipping and fused AdamW.
+Every variant takes real steps on random tokens. `share S` is the step of a worker that holds a part
+S of the experts. `stock` is the same step with transformers' `grouped_mm` experts, everything else
+equal. `plain` is what transformers' Trainer does with the stock model: its loss over whole logits,
+nothing compiled, clipping and fused AdamW.
 
-On a CPU variants take turns step by step, so that a machine whose speed drifts drifts for all. On
-a GPU they run one after the other, alone, which is what their peak memory means.
+On a CPU the variants take turns step by step: if the machine's speed drifts, it drifts for all of
+them. On a GPU each variant runs alone, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ from fomoe_flwr.config.execution import is_heap_held
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
-from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import cast_parameters
 from fomoe_flwr.worker.heap import held_heap
-from fomoe_flwr.worker.inner_state import InnerState
-from fomoe_flwr.worker.training import make_optimizer, train
+from fomoe_flwr.worker.trainer import LocalTrainer
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
 STOCK, PLAIN = "stock grouped_mm", "plain Trainer step"
@@ -89,35 +87,30 @@ class Variant:
     def __init__(
         self, label: str, settings: Settings, device: torch.device, share: float | None
     ) -> None:
-        self.label, self.settings, self.device = label, settings, device
+        self.label, self.device = label, device
+        self.settings = replace(settings, local=replace(settings.local, accumulate=1))
         self.share = 1.0 if share is None else share
-        model = settings.model
-        config = transformers_config(model, settings.data.sequence_length)
-        self.residents = _residents(settings, self.share)
-        is_full = self.share == 1.0
+        shape = settings.model
+        config = transformers_config(shape, settings.data.sequence_length)
+        residents = _residents(settings, self.share)
+        held = None if self.share == 1.0 else residents
         self.model: PreTrainedModel = build_model(
-            model, config, None if is_full else self.residents, device=device, seed=settings.seed
+            shape, config, held, device=device, seed=settings.seed
         )
-        self.execution = Execution.choose(settings.execution, device, model.vocab_size)
+        execution = Execution.choose(settings.execution, device, shape.vocab_size)
         if label in (STOCK, PLAIN):
             self.model.set_experts_implementation("grouped_mm")
         if label == PLAIN:
-            self.execution = Execution()
-        self.execution.prepare(self.model)
+            execution = Execution()
+        execution.prepare(self.model)
         cast_parameters(self.model, settings.local.precision)
-        self.optimizer = make_optimizer(self.model, settings.local)
-        self.inner = InnerState(
-            self.model, settings.local, settings.model.routing_mode, self.residents
+        self.batches = RandomBatches(settings, device)
+        self.trainer = LocalTrainer(
+            self.model, self.settings, residents, lambda position: self.batches, execution=execution
         )
-        self.probe = RouterProbe(
-            self.model,
-            model.num_experts,
-            None if is_full else self.residents,
-            compiled=self.execution.compiled,
-        )
+        self.probe = self.trainer.probe
         if label == PLAIN:
             self.probe.close()
-        self.batches = RandomBatches(settings, device)
         self.step_seconds: list[float] = []
 
     def take(self, steps: int) -> list[float]:
@@ -126,25 +119,16 @@ class Variant:
             for _ in range(steps):
                 self._plain_step(self.batches.next_batch().to(self.device))
             return self.batches.seconds()
-        train(
-            self.model,
-            self.probe,
-            self.optimizer,
-            self.inner,
-            self.batches,
-            replace(self.settings.local, steps=steps, accumulate=1),
-            balance=self.settings.balance,
-            first_step=0,
-            total_steps=10**6,
-            device=self.device,
-            execution=self.execution,
-        )
+        # The schedule stands still, so that random tokens cannot make a long run diverge.
+        self.trainer.step = 0
+        self.trainer.train(steps)
         return self.batches.seconds()
 
     def _plain_step(self, windows: Tensor) -> None:
         local = self.settings.local
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer = self.trainer.optimizer
+        optimizer.zero_grad(set_to_none=True)
         autocast = torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=local.precision == "bfloat16"
         )
@@ -159,7 +143,7 @@ class Variant:
             )
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), local.grad_clip or math.inf)
-        self.optimizer.step()
+        optimizer.step()
 
     @property
     def resident_share(self) -> float:

@@ -19,8 +19,9 @@ from fomoe_flwr.data.source import NodeData
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import Entry, StateSpec
 from fomoe_flwr.worker.cache import CACHE
-from fomoe_flwr.worker.round import RoundResult, RoundTask, Vectors
-from fomoe_flwr.worker.training import LocalReport
+from fomoe_flwr.worker.error_feedback import Vectors
+from fomoe_flwr.worker.round import RoundResult, RoundTask
+from fomoe_flwr.worker.trainer import LocalReport
 
 _COUNTS = ("load", "ghosts", "all_ghost")
 

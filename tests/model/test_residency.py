@@ -23,7 +23,8 @@ from fomoe_flwr.model.families import FAMILIES, model_class, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, moe_blocks
 from fomoe_flwr.model.state import load_state, state_of
 from fomoe_flwr.parameters.keys import RoutingMode, is_expert_key, layer_of
-from fomoe_flwr.worker.training import make_optimizer, token_loss
+from fomoe_flwr.worker.optimizer import make_optimizer
+from fomoe_flwr.worker.trainer import token_loss
 
 SHAPE = ModelSettings(
     num_layers=2,

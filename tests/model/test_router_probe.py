@@ -14,7 +14,7 @@ from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, moe_blocks
 from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.worker.training import token_loss
+from fomoe_flwr.worker.trainer import token_loss
 
 SHAPE = ModelSettings(
     num_layers=2,

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from fomoe_flwr.worker.multi_gpu import WorkerTeam
+    from fomoe_flwr.worker.multi_gpu import NodeProcesses
 
 
 @pytest.fixture(scope="package")
-def team() -> Iterator[WorkerTeam]:
+def team() -> Iterator[NodeProcesses]:
     """Return processes that train rounds."""
     # Imported here: on a machine for GPU tests there need be no library for text.
-    from fomoe_flwr.worker.multi_gpu import WorkerTeam
+    from fomoe_flwr.worker.multi_gpu import NodeProcesses
 
-    made = WorkerTeam()
+    made = NodeProcesses()
     yield made
     made.close()

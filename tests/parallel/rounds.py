@@ -17,7 +17,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import StateSpec, state_of
 from fomoe_flwr.worker.cache import CACHE
-from fomoe_flwr.worker.multi_gpu import WorkerTeam
+from fomoe_flwr.worker.multi_gpu import NodeProcesses
 from fomoe_flwr.worker.round import RoundResult, RoundTask, run_round
 
 UNEVEN: Residents = ((0, 1, 2, 4, 5), (3,))
@@ -63,7 +63,7 @@ class Rounds:
         """Train a round in this process."""
         return run_round(task, partial(CACHE.batches, self.data))
 
-    def together(self, task: RoundTask, team: WorkerTeam, count: int = 2) -> RoundResult:
+    def together(self, task: RoundTask, team: NodeProcesses, count: int = 2) -> RoundResult:
         """Train a round in several processes."""
         return team.run_round(task, self.data, count)
 

@@ -16,9 +16,9 @@ from rounds import UNEVEN, Rounds, assert_close
 from fomoe_flwr.data import DataError
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.worker.cache import CACHE
-from fomoe_flwr.worker.multi_gpu import WorkerTeam, team_size
+from fomoe_flwr.worker.multi_gpu import NodeProcesses, num_node_processes
 from fomoe_flwr.worker.round import LostStateError, RoundResult
-from fomoe_flwr.worker.training import TrainingError
+from fomoe_flwr.worker.trainer import TrainingError
 
 WHOLE_MICRO_BATCHES = "local.accumulate=2"
 NONE_IN_A_LAYER: Residents = ((), (0, 3, 5))
@@ -51,7 +51,7 @@ def test_two_processes_give_what_one_gives(
     overrides: tuple[str, ...],
     residents: Residents,
     parallel: str,
-    team: WorkerTeam,
+    team: NodeProcesses,
     small_text: Path,
     tmp_path: Path,
 ) -> None:
@@ -66,7 +66,7 @@ def test_two_processes_give_what_one_gives(
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_parted_micro_batch_is_one_of_fewer_windows(
-    parallel: str, team: WorkerTeam, small_text: Path, tmp_path: Path
+    parallel: str, team: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     """Its balance loss is that of the part, so a lone process takes smaller ones, and more."""
     settings = (f"local.parallel={parallel}", "balance.loss=0.1")
@@ -78,7 +78,7 @@ def test_a_parted_micro_batch_is_one_of_fewer_windows(
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_unequal_parts_weigh_by_their_windows(
-    parallel: str, team: WorkerTeam, small_text: Path, tmp_path: Path
+    parallel: str, team: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     settings = (f"local.parallel={parallel}", "local.batch_size=5", "balance=off")
     one = Rounds(tmp_path / "one", small_text, settings)
@@ -92,7 +92,7 @@ def test_unequal_parts_weigh_by_their_windows(
 @pytest.mark.parametrize("order", ["one two", "two one"])
 @pytest.mark.parametrize("outer", ["average", "local_adamw"])
 def test_the_number_of_processes_may_change_between_rounds(
-    order: str, outer: str, team: WorkerTeam, small_text: Path, tmp_path: Path
+    order: str, outer: str, team: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     """The layout moves too: kept experts keep their moments, fresh ones are young."""
     settings = ("local.parallel=fsdp", WHOLE_MICRO_BATCHES, f"outer={outer}")
@@ -123,7 +123,7 @@ def test_the_number_of_processes_may_change_between_rounds(
 
 
 def test_fragments_go_on_from_weights_that_two_processes_left(
-    team: WorkerTeam, small_text: Path, tmp_path: Path
+    team: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     settings = ("local.parallel=fsdp", WHOLE_MICRO_BATCHES, "outer.fragments=2")
     one = Rounds(tmp_path / "one", small_text, settings)
@@ -140,7 +140,7 @@ def test_fragments_go_on_from_weights_that_two_processes_left(
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_choices_and_pooled_shares_reach_all_processes(
-    parallel: str, team: WorkerTeam, small_text: Path, tmp_path: Path
+    parallel: str, team: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     settings = (f"local.parallel={parallel}", WHOLE_MICRO_BATCHES, "balance=pooled")
     one = Rounds(tmp_path / "one", small_text, settings)
@@ -160,7 +160,7 @@ def test_choices_and_pooled_shares_reach_all_processes(
 
 
 def test_the_processes_are_kept_from_round_to_round(
-    team: WorkerTeam, small_text: Path, tmp_path: Path
+    team: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     rounds = Rounds(tmp_path, small_text, ("local.parallel=ddp",))
     rounds.together(rounds.task(1), team)
@@ -172,8 +172,8 @@ def test_the_processes_are_kept_from_round_to_round(
 
 
 def test_without_gpus_a_round_stays_in_one_process(small_text: Path, tmp_path: Path) -> None:
-    assert team_size(Rounds(tmp_path, small_text).task(1)) == 1
-    assert team_size(Rounds(tmp_path, small_text, ("local.processes=2",)).task(1)) == 2
+    assert num_node_processes(Rounds(tmp_path, small_text).task(1)) == 1
+    assert num_node_processes(Rounds(tmp_path, small_text, ("local.processes=2",)).task(1)) == 2
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_errors_of_a_round_keep_their_class_and_text(
     small_text: Path,
     tmp_path: Path,
 ) -> None:
-    team = WorkerTeam()
+    team = NodeProcesses()
     rounds = Rounds(tmp_path, small_text, ("local.parallel=ddp", *overrides))
     more: dict[str, object] = {}
     if error is LostStateError:
@@ -209,7 +209,7 @@ def test_errors_of_a_round_keep_their_class_and_text(
 
 @pytest.mark.slow
 def test_the_round_after_a_killed_process_starts_new_ones(small_text: Path, tmp_path: Path) -> None:
-    team = WorkerTeam()
+    team = NodeProcesses()
     rounds = Rounds(tmp_path, small_text, ("local.parallel=ddp",))
     try:
         rounds.together(rounds.task(1), team)

@@ -12,7 +12,7 @@ from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.parameters.completep import Multipliers, multipliers
 from fomoe_flwr.worker.inner_state import InnerState
-from fomoe_flwr.worker.training import make_optimizer
+from fomoe_flwr.worker.optimizer import make_optimizer
 
 SHAPE = ModelSettings(
     num_layers=4,
@@ -107,11 +107,11 @@ def test_an_adam_step_moves_each_parameter_by_its_own_rate(
     model = build_model(shape, transformers_config(shape, 8), residents, seed=0)
     local = LocalSettings(lr=0.1, weight_decay=0.5)
     optimizer = make_optimizer(model, local)
-    inner = InnerState(model, local, RoutingMode.SKIP_TOKEN, residents)
+    inner = InnerState(model, optimizer, local, RoutingMode.SKIP_TOKEN, residents)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    inner.step(optimizer, 0.1)
+    inner.step(0.1)
     for name, parameter in model.named_parameters():
         factors = multipliers(name, 2.0, 2.0)
         exempt = any(part in name for part in ("embed", "norm", ".gate."))

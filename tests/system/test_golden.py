@@ -3,7 +3,7 @@
 They say nothing about right or wrong (the equivalence tests do), but that nothing changed unseen:
 layout kind x outer step x routing mode, and fragments. After a change that is meant:
 
-    pytest tests/test_golden.py --regenerate-golden
+    pytest tests/system/test_golden.py --regenerate-golden
 
 and the difference of `tests/golden/` shows what it did.
 """
@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from federated import Federation, micro, use_made_up_data
+from federated import Federation
+from micro import micro
 from torch import Tensor
 
 from fomoe_flwr.files import save_text
@@ -64,9 +65,7 @@ BY_HAND = Layout(
 """Unequal holders, unequal layers."""
 
 
-@pytest.fixture(autouse=True)
-def _made_up_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_made_up_data(monkeypatch)
+pytestmark = pytest.mark.usefixtures("made_up_data")
 
 
 def norm_of(tensors: list[Tensor]) -> float:
@@ -134,7 +133,7 @@ def test_histories_are_golden(kind: str, tmp_path: Path, pytestconfig: pytest.Co
     changed = differences(found, golden)
     assert not changed, (
         f"{len(changed)} numbers of {path.name} changed; if that is meant, run "
-        "`pytest tests/test_golden.py --regenerate-golden`:\n" + "\n".join(changed)
+        "`pytest tests/system/test_golden.py --regenerate-golden`:\n" + "\n".join(changed)
     )
 
 

@@ -21,7 +21,7 @@ from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import load_state, state_of
 from fomoe_flwr.worker import cache as worker_cache
 from fomoe_flwr.worker.cache import CACHE, MOST_ENTRIES, WorkerCache
-from fomoe_flwr.worker.training import make_optimizer, token_loss, train
+from fomoe_flwr.worker.trainer import LocalTrainer, token_loss
 
 CPU = torch.device("cpu")
 FIRST: Residents = ((0, 1, 2), (3, 4, 5))
@@ -235,35 +235,27 @@ def test_a_position_is_the_readers_own(small_text: Path) -> None:
 def test_gradients_and_moments_are_gone_before_the_pseudo_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fomoe_flwr.worker import round as worker
+    from fomoe_flwr.worker import round as worker_round
 
     use_made_up_data(monkeypatch)
-    optimizers: list[torch.optim.Optimizer] = []
-    models: list[torch.nn.Module] = []
+    trainers: list[LocalTrainer] = []
     seen: list[int] = []
-
-    def note_optimizer(model: torch.nn.Module, local: object) -> torch.optim.Optimizer:
-        models.append(model)
-        optimizers.append(make_optimizer(model, local))  # type: ignore[arg-type]
-        return optimizers[-1]
-
-    difference = worker._difference
+    trained: list[int] = []
+    difference, train = worker_round.difference, LocalTrainer.train
 
     def note_memory(*args: object) -> object:
-        left = [p for p in models[-1].parameters() if p.grad is not None]
-        seen.append(len(left) + len(optimizers[-1].state))
+        left = [p for p in trainers[-1].model.parameters() if p.grad is not None]
+        seen.append(len(left) + len(trainers[-1].optimizer.state))
         return difference(*args)  # type: ignore[arg-type]
 
-    trained: list[int] = []
-
-    def note_state(*args: object, **kwargs: object) -> object:
-        report = train(*args, **kwargs)  # type: ignore[arg-type]
-        trained.append(len(optimizers[-1].state))
+    def note_state(trainer: LocalTrainer, steps: int) -> object:
+        report = train(trainer, steps)
+        trainers.append(trainer)
+        trained.append(len(trainer.optimizer.state))
         return report
 
-    monkeypatch.setattr(worker, "make_optimizer", note_optimizer)
-    monkeypatch.setattr(worker, "train", note_state)
-    monkeypatch.setattr(worker, "_difference", note_memory)
+    monkeypatch.setattr(LocalTrainer, "train", note_state)
+    monkeypatch.setattr(worker_round, "difference", note_memory)
     Federation(micro("rounds=1"), tmp_path).run()
     assert len(trained) == 3
     assert min(trained) > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fomoe_flwr.errors import InputError
-from fomoe_flwr.worker import device as node_memory
+from fomoe_flwr.worker import device
 from fomoe_flwr.worker.device import capacity_gib
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def test_without_a_grant_it_is_a_share_of_machine_or_container(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(node_memory, "_CGROUP_LIMIT", limit)
+    monkeypatch.setattr(device, "_CGROUP_LIMIT", limit)
     whole = psutil.virtual_memory().total / 2**30
     assert capacity_gib(None, 1.0, CPU) == whole
     limit.write_text("max\n")

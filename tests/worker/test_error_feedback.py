@@ -132,7 +132,7 @@ def test_a_run_that_stops_and_goes_on_is_the_run(
     for key, value in halves.state.items():
         later.state[key].copy_(value)
     later.strategy.first_round = 3
-    later.strategy.remember(halves.strategy.memory())
+    later.strategy.load_state_dict(halves.strategy.state_dict())
     later.run()
     assert_identical(later.state, whole.state)
     forgetful = Federation(micro(*words, "wire.feedback=0.0", "rounds=4"), tmp_path / "none").run()

@@ -1,4 +1,4 @@
-"""The deal: which process computes which part of a step's micro-batches.
+"""How a step is split: which process computes which part of its micro-batches.
 
 The windows of a step and their order stay those of a single process. As many micro-batches as
 possible are computed whole, each by one process: their number has the greatest common divisor g
@@ -15,7 +15,7 @@ from fomoe_flwr.config import LocalSettings, SettingsError
 
 
 @dataclass(frozen=True)
-class Deal:
+class BatchSplit:
     """The parts of one step: `accumulate` micro-batches of `batch_size` windows."""
 
     batch_size: int
@@ -23,17 +23,17 @@ class Deal:
     num_processes: int
 
     @classmethod
-    def of(cls, local: LocalSettings, num_processes: int) -> Deal:
-        """Deal a step out. Raises SettingsError if some process would get nothing."""
-        deal = cls(local.batch_size, local.accumulate, num_processes)
-        if deal.sharing > local.batch_size:
+    def of(cls, local: LocalSettings, num_processes: int) -> BatchSplit:
+        """Split a step. Raises SettingsError if some process would get nothing."""
+        split = cls(local.batch_size, local.accumulate, num_processes)
+        if split.sharing > local.batch_size:
             raise SettingsError(
                 f"local.processes={num_processes} cannot share local.batch_size={local.batch_size} "
                 f"windows of local.accumulate={local.accumulate} micro-batches: use at most "
                 f"{most_processes(local, num_processes)}, or raise local.batch_size to "
-                f"{deal.sharing} or local.accumulate to {num_processes}"
+                f"{split.sharing} or local.accumulate to {num_processes}"
             )
-        return deal
+        return split
 
     @property
     def together(self) -> int:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fomoe_flwr.config import LocalSettings, SettingsError, check
+from fomoe_flwr.parallel.batch_split import BatchSplit, most_processes
 from fomoe_flwr.parallel.choice import choose, num_processes
-from fomoe_flwr.parallel.deal import Deal, most_processes
 from fomoe_flwr.run.preflight import preflight
 
 sizes = st.integers(1, 12)
@@ -28,7 +28,7 @@ def test_every_window_of_a_step_is_computed_once(
     batch_size: int, accumulate: int, count: int
 ) -> None:
     count = most_processes(local(batch_size, accumulate), count)
-    deal = Deal.of(local(batch_size, accumulate), count)
+    deal = BatchSplit.of(local(batch_size, accumulate), count)
     seen = Counter(
         (number * deal.together + index, row)
         for number in range(deal.passes)
@@ -45,7 +45,7 @@ def test_the_plain_mean_of_weighted_losses_is_the_mean_over_all_windows(
     batch_size: int, accumulate: int, count: int
 ) -> None:
     count = most_processes(local(batch_size, accumulate), count)
-    deal = Deal.of(local(batch_size, accumulate), count)
+    deal = BatchSplit.of(local(batch_size, accumulate), count)
     losses = torch.rand(accumulate, batch_size, dtype=torch.float64)
     total = 0.0
     for rank in range(count):
@@ -60,7 +60,7 @@ def test_the_plain_mean_of_weighted_losses_is_the_mean_over_all_windows(
 def test_micro_batches_are_whole_where_their_number_allows_it(
     batch_size: int, times: int, count: int
 ) -> None:
-    deal = Deal.of(local(batch_size, times * count), count)
+    deal = BatchSplit.of(local(batch_size, times * count), count)
     assert deal.sharing == 1
     assert all(deal.share(rank) == 1.0 for rank in range(count))
 
@@ -69,7 +69,7 @@ def test_a_step_that_is_too_small_is_refused_with_the_way_out() -> None:
     with pytest.raises(
         SettingsError, match=r"local\.processes=6.*at most 4.*local\.batch_size to 3"
     ):
-        Deal.of(local(2, 2), 6)
+        BatchSplit.of(local(2, 2), 6)
 
 
 @given(sizes, sizes, sizes)
@@ -80,7 +80,7 @@ def test_no_larger_number_of_processes_would_do(
     assert 1 <= most <= limit
     for count in range(most + 1, limit + 1):
         with pytest.raises(SettingsError):
-            Deal.of(local(batch_size, accumulate), count)
+            BatchSplit.of(local(batch_size, accumulate), count)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,266 @@
+"""Local training: one object that owns all that one worker trains with. No Flower."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fomoe_flwr.config import Settings
+from fomoe_flwr.errors import RunError
+from fomoe_flwr.model.cuda_graph import GraphedPass
+from fomoe_flwr.model.execution import Execution
+from fomoe_flwr.model.head_loss import head_loss
+from fomoe_flwr.model.residency import Residents
+from fomoe_flwr.model.router_probe import RouterProbe, RoutingCounts, chosen_experts
+from fomoe_flwr.model.shards import FullTensors, whole
+from fomoe_flwr.model.state import State, StateSpec, load_state, state_of
+from fomoe_flwr.parallel.team import ALONE, Team
+from fomoe_flwr.worker.inner_state import InnerState
+from fomoe_flwr.worker.optimizer import learning_rate, make_optimizer
+
+if TYPE_CHECKING:
+    # Reading text takes libraries that a step does not need.
+    from fomoe_flwr.data.batches import Batches
+
+
+class TrainingError(RunError):
+    """Local training that cannot go on."""
+
+
+@dataclass(frozen=True)
+class LocalReport:
+    """What some local steps did."""
+
+    loss: float
+    """Mean cross entropy per token over the steps, nats."""
+    last_loss: float
+    balance_loss: float
+    grad_norm: float
+    """Mean total gradient norm before clipping."""
+    lr: float
+    tokens: int
+    seconds: float
+    routing: RoutingCounts
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens trained on per second of this worker."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+class LocalTrainer:
+    """Model, optimizer, inner state, schedule and data position of one worker.
+
+    It adopts weights and moments, takes steps, and gives its weights, moments and state.
+
+    Parameters
+    ----------
+    model
+        A model of the worker's residents, prepared for `execution` and parted among `team`.
+    settings
+        The run's settings. Their `rounds * local.steps` is the length of the schedule.
+    open_batches
+        Opens the worker's text at a batch of the run.
+    first_step
+        Steps of the run that lie behind.
+    execution
+        What the model was prepared with; None resolves the settings for the model's device.
+    pooled_share
+        [num_layers, num_experts] shares of assignments of all workers, for the balance loss.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: Settings,
+        residents: Residents,
+        open_batches: Callable[[int], Batches],
+        *,
+        first_step: int = 0,
+        team: Team = ALONE,
+        execution: Execution | None = None,
+        pooled_share: Tensor | None = None,
+    ) -> None:
+        shape, local = settings.model, settings.local
+        self.model, self.settings, self.residents, self.team = model, settings, residents, team
+        self.device = next(model.parameters()).device
+        self.execution = execution or Execution.choose(
+            settings.execution, self.device, shape.vocab_size
+        )
+        self.optimizer = make_optimizer(model, local)
+        self.inner = InnerState(model, self.optimizer, local, shape.routing_mode, residents)
+        self.batches = open_batches(first_step * local.accumulate)
+        self.step = first_step
+        """Steps of the run that are done."""
+        self.probe = RouterProbe(
+            model,
+            shape.num_experts,
+            residents,
+            pooled_share=pooled_share,
+            compiled=self.execution.compiled,
+        )
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._passes = team.passes(local)
+
+    def adopt(self, weights: State) -> None:
+        """Copy new weights into the model; optimizer and data position stay."""
+        load_state(self.model, weights)
+
+    def adopt_moments(self, moments: Mapping[str, State], part: StateSpec) -> None:
+        """Take Adam's moments of a part of the state, as the server averaged them."""
+        self.inner.adopt(moments, part, self.step)
+
+    def restore(self, path: Path) -> None:
+        """Take up optimizer and text where `save` wrote them down."""
+        self.inner.restore(path)
+        if self.inner.cursor:
+            self.batches.restore(self.inner.cursor)
+
+    def save(self, path: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write optimizer, data position and `weights` to a file; see `InnerState.save`."""
+        self.inner.cursor = self.batches.state()
+        self.inner.save(path, weights, is_writer=self.team.is_first)
+
+    @property
+    def weights(self) -> State:
+        """The weights of the residents and the shared parameters, by state key."""
+        return FullTensors(state_of(self.model))
+
+    def moments(self, name: str) -> State:
+        """Return one of Adam's moments by state key."""
+        return self.inner.moments(name)
+
+    def close(self) -> None:
+        """Let go of optimizer and router counts; the weights stay in the model."""
+        self.probe.close()
+        # Two thirds of the training state, and nobody asks for it any more.
+        self.optimizer.state.clear()
+
+    def choices(self, probe: Tensor) -> Tensor:
+        """Return the experts that the model chooses for [windows, tokens] ids; see `RouterProbe`.
+
+        The result is [num_layers, tokens, top_k].
+        """
+        shape, batch_size = self.settings.model, self.settings.local.batch_size
+        with torch.no_grad():
+            return self.team.run(
+                chosen_experts,
+                self.model,
+                probe,
+                shape.num_experts,
+                shape.top_k,
+                self.residents,
+                batch_size,
+            )
+
+    def train(self, num_steps: int) -> LocalReport:
+        """Take optimizer steps and say what they did; all processes of the team say the same.
+
+        Raises TrainingError when the loss is no longer finite: a worker that diverged must not send
+        its weights.
+        """
+        local, team, first_step = self.settings.local, self.team, self.step
+        self.model.train()
+        started = time.perf_counter()
+        losses, norms, tokens, rate = [], [], 0, local.lr
+        graph: GraphedPass | None = None
+        for _ in range(num_steps):
+            rate = self._set_rate()
+            if graph is None:
+                self.optimizer.zero_grad(set_to_none=True)
+            step_losses = torch.zeros(2, device=self.device)
+            micro_batches = team.micro_batches(self.batches, local, self.device)
+            for index, (windows, weight) in enumerate(micro_batches):
+                if self.execution.cuda_graph and graph is None:
+                    graph = GraphedPass(self._pass, windows, self._parameters, self.probe.forget)
+                results = graph(windows, index == 0) if graph else self._pass(windows, weight)
+                step_losses += torch.stack(results) / (self._passes / weight)
+                tokens += windows[:, 1:].numel()
+            norms.append(self._clip())
+            self.inner.step(rate)
+            self.probe.move_biases(self.settings.balance.bias_rate, team.sum)
+            losses.append(step_losses)
+            self.step += 1
+        # One host sync a call, not one a step.
+        task, balance = team.mean(torch.stack(losses).T.contiguous())
+        mean_loss = float(task.mean())
+        if not math.isfinite(mean_loss):
+            bad = next(i for i, loss in enumerate(task) if not math.isfinite(float(loss)))
+            raise TrainingError(
+                f"training loss is {float(task[bad])} at step {first_step + bad}: lower "
+                f"local.lr={local.lr} or local.grad_clip={local.grad_clip}"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        return LocalReport(
+            loss=mean_loss,
+            last_loss=float(task[-1]),
+            balance_loss=float(balance.mean()),
+            grad_norm=float(torch.stack(norms).mean()),
+            lr=rate,
+            tokens=int(team.sum(torch.tensor(tokens))),
+            seconds=time.perf_counter() - started,
+            routing=self.probe.counts.over(team.sum),
+        )
+
+    def _pass(self, windows: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Add one micro-batch's gradients; return its cross entropy and its balance loss."""
+        local, balance = self.settings.local, self.settings.balance
+        loss = self.team.run(
+            token_loss, self.model, windows, local.precision, self.execution.chunked_loss
+        )
+        routers = self.probe.losses()
+        extra = balance.loss * routers.balance + balance.z_loss * routers.z
+        ((loss + extra) / (self._passes / weight)).backward()
+        return loss.detach(), routers.balance.detach().to(self.device)
+
+    def _set_rate(self) -> float:
+        """Give the optimizer the rate of the next step, and return it."""
+        local = self.settings.local
+        rate = learning_rate(local, self.step, self.settings.rounds * local.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_multiplier"]
+        return rate
+
+    def _clip(self) -> Tensor:
+        """Return the norm of all gradients, and shorten them to `local.grad_clip` (0: do not).
+
+        A fused optimizer divides by `grad_scale` while it reads the gradients: that saves a pass
+        over them.
+        """
+        limit = self.settings.local.grad_clip
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
+        if limit > 0 and isinstance(self.optimizer, torch.optim.AdamW):
+            scale = ((norm.float() + 1e-6) / limit).clamp(min=1.0)
+            self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        elif limit > 0:
+            nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
+        return norm.detach().float()
+
+
+def token_loss(
+    model: PreTrainedModel, windows: Tensor, precision: str = "float32", chunked: bool = False
+) -> Tensor:
+    """Return the mean cross entropy (nats per token) of [B, S + 1] windows.
+
+    With `chunked` the logits of all tokens never exist at once; see `model.head_loss`.
+    """
+    ids, targets = windows[:, :-1], windows[:, 1:].flatten()
+    with torch.autocast(windows.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        if not chunked:
+            logits = model(input_ids=ids, use_cache=False).logits
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head: Any = model.get_output_embeddings()
+        # The paper's class divides its logits by the width's multiplier.
+        multiplier = getattr(model, "multiplier", 1.0)
+        return head_loss(hidden.flatten(0, 1), head.weight, targets, multiplier)
