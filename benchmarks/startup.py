@@ -9,15 +9,15 @@ both alike. Ratios are before over after: of medians, and of the fastest runs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from measurement import FOMOE, parser_of, save
 
 from fomoe_flwr.config import load_settings
 from fomoe_flwr.report.environment import environment
@@ -43,7 +43,7 @@ def seconds(tree: Path, words: list[str], folder: Path) -> float:
     """Time one process from its start to its end."""
     started = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "fomoe_flwr.cli", *words],
+        [*FOMOE, *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(tree)},
         stdout=subprocess.DEVNULL,
@@ -70,11 +70,10 @@ def compare(before: Path, after: Path, words: list[str], folder: Path, repeat: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--before", type=Path, required=True, help="a checkout to compare with")
     parser.add_argument("--after", type=Path, default=ROOT, help="default: this one")
     parser.add_argument("--repeat", type=int, default=7, help="timed pairs, default: %(default)s")
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,8 +93,7 @@ def main() -> None:
     }
     document = {**environment(), "commits": commits, "repeat": options.repeat, "commands": rows}
     print(json.dumps(document, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    save(options.json, document)
 
 
 if __name__ == "__main__":
