@@ -1,8 +1,8 @@
 """The planner: from sites and a model to workers, overlap, layout and local steps.
 
-It minimises the time to a token budget within the memory of the sites. What it cannot know is how
-well a choice trains: quality enters only through bounds, whose defaults come from the paper's
-tables. Pure: no torch, no Flower.
+It minimises the time to a token budget within the memory of the sites. It cannot know how well a
+choice trains. Quality enters only through bounds, whose defaults come from the paper's tables.
+Pure: no torch, no Flower.
 """
 
 from fomoe_flwr.plan.candidate import Candidate, Unfit, fit
