@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message, MessageType
-from micro import MICRO as MICRO
-from micro import micro as micro
 from torch import Tensor
 
 from fomoe_flwr import files

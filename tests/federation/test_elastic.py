@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from federated import CountingGrid, Federation, assert_identical, micro, use_made_up_data
+from federated import CountingGrid, Federation, assert_identical, use_made_up_data
 from flwr.app import Error, Message
+from micro import micro
 
 from fomoe_flwr.config import SettingsError
 from fomoe_flwr.costs import memory_bytes, parameter_counts

@@ -7,11 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from federated import CountingGrid, Federation, assert_identical, use_made_up_data
 from flwr.app import Message, MessageType
+from micro import micro
 
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.strategy import FederationError
-from tests.federated import CountingGrid, Federation, assert_identical, micro, use_made_up_data
 
 Delay = Callable[[int, int], float]
 """(round, worker) -> seconds until its reply is there."""

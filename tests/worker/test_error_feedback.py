@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from federated import Federation, assert_identical, use_made_up_data
+from micro import micro
 from torch import Tensor
 
 from fomoe_flwr.codecs.vectors import decode, encode
@@ -13,7 +15,6 @@ from fomoe_flwr.config import WireSettings
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, StateSpec
 from fomoe_flwr.worker.error_feedback import ErrorFeedback
-from tests.federated import Federation, assert_identical, micro, use_made_up_data
 
 SPEC = StateSpec(
     shared=(Entry("model.embed", (40, 5), None), Entry("model.layers.0.norm", (30,), None)),

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from federated import micro
+from micro import micro
 from torch import Tensor
 
-from fomoe_flwr.config import DataSettings, Settings
+from fomoe_flwr.config import Settings
 from fomoe_flwr.data.source import NodeData, prepare_tokenizer
 from fomoe_flwr.data.tokenizer import tokenizer_json
 from fomoe_flwr.model.families import transformers_config
@@ -63,9 +63,9 @@ class Rounds:
         """Train a round in this process."""
         return run_round(task, partial(CACHE.batches, self.data))
 
-    def together(self, task: RoundTask, team: NodeProcesses, count: int = 2) -> RoundResult:
+    def together(self, task: RoundTask, processes: NodeProcesses, count: int = 2) -> RoundResult:
         """Train a round in several processes."""
-        return team.run_round(task, self.data, count)
+        return processes.run_round(task, self.data, count)
 
 
 def assert_close(got: RoundResult, want: RoundResult, tolerance: float = 2e-5) -> None:
@@ -94,6 +94,3 @@ def close_counts(got: Tensor, want: Tensor) -> None:
     """Expect counts that differ by a tie or two."""
     assert got.shape == want.shape
     assert int((got - want).abs().sum()) <= 2
-
-
-__all__ = ["UNEVEN", "DataSettings", "Rounds", "assert_close"]
