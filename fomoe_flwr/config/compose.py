@@ -135,12 +135,18 @@ def _typed(node: Any) -> Settings:
     try:
         # A composed config already carries the schema and would wave `+extra` keys through.
         plain = OmegaConf.to_container(node, resolve=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.create(plain))
+        merged = OmegaConf.merge(_schema(), OmegaConf.create(plain))
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _explain(error) from error
     assert isinstance(settings, Settings)
     return settings
+
+
+@cache
+def _schema() -> Any:
+    # Making it takes longer than a merge, which copies it.
+    return OmegaConf.structured(Settings)
 
 
 def _explain(error: OmegaConfBaseException) -> SettingsError:
