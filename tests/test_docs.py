@@ -199,7 +199,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     # Mathematics is in the page itself, and nothing is fetched from elsewhere.
     assert page.count("<math") > 15
     assert re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', page) == []
-    reference = (tmp_path / "site" / "reference" / "settings.html").read_text(encoding="utf-8")
+    reference = (tmp_path / "site" / "reference" / "config.html").read_text(encoding="utf-8")
     assert "fomoe_flwr.config.schema.LayoutSettings" in reference
 
 

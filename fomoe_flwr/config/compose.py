@@ -72,8 +72,8 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
 def register_paper_rows() -> None:
     """Make `paper=<row>` known to Hydra, once.
 
-    So many files would differ in five numbers. Where no row is asked for, Hydra had better not know
-    them: it goes through all it knows whenever it composes, which takes longer than the rest.
+    Called only when a row is asked for: Hydra goes through all presets that it knows whenever it
+    composes, and 180 of them take longer than everything else.
     """
     for row in ROWS:
         ConfigStore.instance().store(

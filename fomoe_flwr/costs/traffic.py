@@ -52,9 +52,9 @@ class RoundBytes:
 def predict_bytes(settings: Settings, layout: Layout) -> RoundBytes:
     """Predict the payload bytes of one round, mean over a full cycle of rounds like this layout's.
 
-    A cycle is as long as it takes until fragments, moments and moves of the layout meet again. The
-    first round of a run costs less, and so do rounds with failures: `predict_round` is exact. For
-    one fragment without moments both are the same: what a worker holds, down and up.
+    A cycle ends when fragments, moments and moves of the layout are where they began. The first
+    round of a run costs less, and so do rounds with failures; `predict_round` is exact. With one
+    fragment and no moments both give the same: what a worker holds, down and up.
     """
     outer, moving = settings.outer, _moves(settings)
     periods = [outer.first_moment_every, outer.second_moment_every]
@@ -88,10 +88,10 @@ def predict_round(
 ) -> RoundBytes:
     """Predict exactly the payload bytes of a round; rounds count from 1.
 
-    It and all rounds before must be without failures. `previous` is the layout of the round before;
-    left out, it is the same. A worker that holds other experts than before gets its whole slice,
-    whatever the fragment. Moments go up at the end of their round and come back, averaged, at the
-    beginning of the next.
+    It holds if neither this round nor one before had a failure. `previous` is the layout of the
+    round before; left out, it is the same. A worker that holds other experts than before gets its
+    whole slice, whatever the fragment. Moments go up at the end of their round. They come back,
+    averaged, at the beginning of the next.
     """
     before = previous or layout
     moved = [

@@ -66,8 +66,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     settings = CACHE.settings(_with_node_overrides(header.settings, context))
     spec = _check_spec(settings, header.spec_digest)
     header.check_ranges(settings)
-    part = None if header.fragment < 0 else spec.fragment(header.fragment, settings.outer.fragments)
-    carried = part or spec
+    carried = spec.fragment(header.fragment, settings.outer.fragments)
     vectors = {
         name: wire.vectors_in(
             content,
@@ -95,7 +94,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         experts=experts,
         state_dir=_state_dir(context, header),
         keep_rounds=header.keep_rounds,
-        part=part,
+        fragment=header.fragment,
         moments=vectors,
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
         probe=torch.tensor(header.probe) if header.probe else None,

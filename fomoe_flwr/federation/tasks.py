@@ -93,7 +93,7 @@ class TaskWriter:
             probe=[] if self.probe is None else self.probe.tolist(),
         )
         content = RecordDict({wire.TASK: header.record()})
-        part = self._part(fragment)
+        part = self.spec.fragment(fragment, self.settings.outer.fragments)
         for name, values in {wire.WEIGHTS: self.state, **carried}.items():
             spec = part if name == wire.WEIGHTS else part.parameters()
             if (fragment, name) not in shared:
@@ -105,11 +105,6 @@ class TaskWriter:
             experts = wire.encode(packed, down.experts, seed)
             content[name] = wire.arrays_of(shared[fragment, name], experts)
         return content
-
-    def _part(self, fragment: int) -> StateSpec:
-        if fragment < 0:
-            return self.spec
-        return self.spec.fragment(fragment, self.settings.outer.fragments)
 
     def _fragment_for(
         self, worker: int, server_round: int, layout: Layout, round_state: RoundState
@@ -131,7 +126,7 @@ class TaskWriter:
         if server_round == 1:
             return {}
         names = moments_of_round(self.settings.outer, server_round - 1)
-        part = self._part(fragment)
+        part = self.spec.fragment(fragment, self.settings.outer.fragments)
         wanted = [entry.key for entry in (*part.shared, *part.expert) if entry.is_parameter]
         return {
             name: self.outer.moments[name]

@@ -142,7 +142,7 @@ def _steps(most: int) -> list[int]:
 
 
 def _hindrance(model: Model, left: Sequence[NamedSite], is_fitting: bool, work: Work) -> NamedSite:
-    """Return the site that the others wait for longest, even if it holds next to nothing."""
+    """Return the site to leave out next: the smallest if nothing fits, else the slowest."""
     if not is_fitting:
         return min(left, key=lambda site: (model.room(site), site.memory_bytes))
     return max(left, key=lambda site: model.site_seconds(site, 1, work))

@@ -138,7 +138,7 @@ def test_fragments_go_on_from_weights_that_two_processes_left(
     two = Rounds(tmp_path / "two", small_text, settings)
     first = one.spec.fragment(0, 2)
     more = {
-        "part": first,
+        "fragment": 0,
         "shared": first.pack_shared(one.state),
         "experts": first.pack_experts(one.state, UNEVEN),
     }
@@ -206,7 +206,7 @@ def test_errors_of_a_round_keep_their_class_and_text(
     if error is LostStateError:
         part = rounds.spec.fragment(0, 2)
         more = {
-            "part": part,
+            "fragment": 0,
             "shared": part.pack_shared(rounds.state),
             "experts": part.pack_experts(rounds.state, UNEVEN),
         }
