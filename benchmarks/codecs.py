@@ -10,29 +10,13 @@ each codec does to the loss: `python benchmarks/experiments.py --series codecs`.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
+from measurement import best_seconds, markdown, parser_of, save
 from server import copy_speed
 
 from fomoe_flwr.codecs.sizes import CODECS, Codec
 from fomoe_flwr.codecs.vectors import decode, encode
 from fomoe_flwr.report.environment import environment
-
-
-def best_seconds(work: Callable[[], Any], repeat: int) -> float:
-    """Return the shortest of some timings."""
-    times = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def measure(name: str, vector: torch.Tensor, repeat: int) -> dict[str, float]:
@@ -49,41 +33,36 @@ def measure(name: str, vector: torch.Tensor, repeat: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     num_bytes = options.megabytes * 2**20
     copy = copy_speed(num_bytes)
     vector = torch.randn(num_bytes // 4, generator=torch.Generator().manual_seed(0))
-    rows = []
+    rows, shown = [], []
+    for name in CODECS:
+        row = measure(name, vector, options.repeat)
+        rows.append({"codec": name, **row})
+        cells = [f"`{name}`", f"{row['bytes_per_number']:.3f}", f"{row['relative_error']:.2g}"]
+        for way in ("encode", "decode"):
+            speed = num_bytes / row[f"{way}_seconds"]
+            cells += [f"{speed / 1e9:.2f}", f"{speed / copy:.0%}"]
+        shown.append(cells)
     print(f"copy: {copy / 1e9:.1f} GB/s, {options.threads} threads\n")
     titles = ("codec", "bytes a number", "relative error")
     titles += ("encode GB/s", "of copy", "decode GB/s", "of copy")
-    print("| " + " | ".join(titles) + " |\n|" + " --- |" * len(titles))
-    for name in CODECS:
-        row = measure(name, vector, options.repeat)
-        speeds = [num_bytes / row[f"{way}_seconds"] for way in ("encode", "decode")]
-        cells = [f"{speed / 1e9:.2f} | {speed / copy:.0%}" for speed in speeds]
-        print(
-            f"| `{name}` | {row['bytes_per_number']:.3f} | {row['relative_error']:.2g} | "
-            f"{cells[0]} | {cells[1]} |",
-            flush=True,
-        )
-        rows.append({"codec": name, **row})
-    if options.json:
-        document = {
-            **environment(),
-            "threads": options.threads,
-            "bytes": num_bytes,
-            "copy_bytes_per_second": copy,
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(markdown(titles, shown))
+    document = {
+        **environment(),
+        "threads": options.threads,
+        "bytes": num_bytes,
+        "copy_bytes_per_second": copy,
+        "rows": rows,
+    }
+    save(options.json, document)
 
 
 if __name__ == "__main__":

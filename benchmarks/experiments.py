@@ -1,8 +1,8 @@
 """Run FoMoE and its baselines on the same text and number of tokens; print one table.
 
-    python benchmarks/experiments.py --seeds 3 --json results/demo.json rounds=8
+    python benchmarks/experiments.py --seeds 3 --json benchmarks/results/demo.json rounds=8
     python benchmarks/experiments.py --only photon --only fomoe-half --jobs 2 preset=tiny
-    python benchmarks/experiments.py --from-json results/demo.json --readme
+    python benchmarks/experiments.py --from-json benchmarks/results/demo.json --readme
     python benchmarks/experiments.py --series layouts --seeds 3 rounds=8
     python benchmarks/experiments.py --series codecs rounds=8 local.steps=8
     python benchmarks/experiments.py --series routing --seeds 3 --plot routing.png rounds=8
@@ -16,7 +16,6 @@ table (and `--plot`) says how stable routing was, the same measures as in a run'
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import stable_routing
+from measurement import FOMOE, markdown, parser_of, save
 
 from fomoe_flwr.report.environment import environment
 
@@ -81,7 +81,7 @@ def run(name: str, seed: int, overrides: Sequence[str], root: Path) -> dict[str,
     folder = (root / f"{name}-seed{seed}").resolve()
     summary = folder / "summary.json"
     if not summary.is_file() or json.loads(summary.read_text())["status"] != "completed":
-        command = [sys.executable, "-m", "fomoe_flwr.cli", "run", *EXPERIMENTS[name], *overrides]
+        command = [*FOMOE, "run", *EXPERIMENTS[name], *overrides]
         command += [f"seed={seed}", f"output_dir={folder}"]
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_suffix(".log").open("w") as log:
@@ -158,13 +158,13 @@ README = {
 """Rows of the README's table, in its order; ours stand out."""
 
 
-def readme_table(rows: Sequence[dict[str, str]]) -> list[str]:
-    """Return the lines of the README's table."""
+def readme_table(rows: Sequence[dict[str, str]]) -> str:
+    """Return the README's table."""
     by_name = {row["experiment"]: row for row in rows}
     budget = next(key for key in rows[0] if " MiB" in key)
     kept = {"parameters per worker": None, "MiB in all": "MiB sent in all", "bits/byte": None}
     titles = ["method", *(title or key for key, title in kept.items()), budget]
-    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    lines = []
     for name, title in README.items():
         cells = [by_name[name][key] for key in (*kept, budget)]
         if name == "centralised":
@@ -172,8 +172,8 @@ def readme_table(rows: Sequence[dict[str, str]]) -> list[str]:
             cells[1] = cells[3] = "\N{EN DASH}"
         if title.startswith("**"):
             cells = [f"**{cell}**" for cell in cells]
-        lines.append("| " + " | ".join([title, *cells]) + " |")
-    return lines
+        lines.append([title, *cells])
+    return markdown(titles, lines)
 
 
 def provenance(document: dict[str, Any]) -> str:
@@ -187,13 +187,12 @@ def provenance(document: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--series", choices=SERIES, default="baselines")
     parser.add_argument("--only", action="append", choices=EXPERIMENTS, default=None)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--root", type=Path, default=Path("outputs/experiments"))
-    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None, help="draw routing to this file")
     parser.add_argument("--from-json", type=Path, default=None, help="print a stored table")
     parser.add_argument("--readme", action="store_true", help="print the README's table")
@@ -215,18 +214,14 @@ def main() -> None:
             "machine": here["environment/machine"],
             "results": results,
         }
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    save(options.json, document)
     if options.plot:
         stable_routing.draw(results, options.plot)
     if options.readme:
-        print("\n".join(readme_table(table(results))) + f"\n\n{provenance(document)}")
+        print(f"{readme_table(table(results))}\n\n{provenance(document)}")
         return
     for rows in (table(results), stable_routing.routing_table(results)):
-        print("\n| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
-        for row in rows:
-            print("| " + " | ".join(row.values()) + " |")
+        print("\n" + markdown([*rows[0]], [[*row.values()] for row in rows]))
 
 
 if __name__ == "__main__":

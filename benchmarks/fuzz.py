@@ -1,6 +1,6 @@
 """Throw spoilt messages at what reads them, and count: refused, accepted, and anything else.
 
-    python benchmarks/fuzz.py --seconds 60 --json results/fuzz.json
+    python benchmarks/fuzz.py --seconds 60 --json benchmarks/results/fuzz.json
 
 True arrays of every codec and true texts of tasks and replies are cut, lengthened, overwritten,
 spliced and bitten into, drawn from a seed. A reader must return finite numbers of the agreed size,
@@ -10,24 +10,25 @@ case, and the exit status is 1. `--case SEED` repeats one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, RecordDict
+from measurement import markdown, parser_of, save
 
 from fomoe_flwr.codecs.errors import CodecError
 from fomoe_flwr.codecs.sizes import CODECS, Codec
 from fomoe_flwr.codecs.vectors import decode, encode
 from fomoe_flwr.federation import wire
-from fomoe_flwr.federation.wire import TaskHeader, WireError
+from fomoe_flwr.federation.routing_fields import choices_in, counts_in
+from fomoe_flwr.federation.task_header import TaskHeader
+from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.report.environment import environment
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 2, 4, 2, 6
@@ -133,9 +134,9 @@ def text_case(draw: random.Random) -> tuple[str, int, Callable[[], None]]:
 
     def read_reply() -> None:
         words = wire.json_in(content, wire.TASK)
-        counts = wire.counts_in(words, LAYERS, EXPERTS)
+        counts = counts_in(words, LAYERS, EXPERTS)
         assert counts.load.shape == (LAYERS, EXPERTS)
-        choices = wire.choices_in(words, LAYERS, TOKENS, TOP_K, EXPERTS)
+        choices = choices_in(words, LAYERS, TOKENS, TOP_K, EXPERTS)
         assert 0 <= int(choices.min()) <= int(choices.max()) <= EXPERTS
 
     return ("task", len(text), read_task) if is_task else ("reply", len(text), read_reply)
@@ -155,11 +156,10 @@ def run_case(seed: int) -> tuple[str, int, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--case", type=int, default=None, help="run this case alone")
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.case is not None:
@@ -177,21 +177,20 @@ def main() -> None:
             end = "finding"
         ends.setdefault(kind, Counter())[end] += 1
         seed += 1
-    print("| read | cases | refused | accepted | findings |\n| --- | --- | --- | --- | --- |")
+    shown = []
     for kind, counts in sorted(ends.items()):
         cells = [sum(counts.values()), *(counts[e] for e in ("refused", "accepted", "finding"))]
-        print(f"| {kind} | " + " | ".join(f"{cell:,}" for cell in cells) + " |")
+        shown.append([kind, *(f"{cell:,}" for cell in cells)])
+    print(markdown(("read", "cases", "refused", "accepted", "findings"), shown))
     print(f"\n{seed - options.seed:,} cases, {total:,} bytes, {len(findings)} findings")
-    if options.json:
-        document = {
-            **environment(),
-            "cases": seed - options.seed,
-            "bytes": total,
-            "ends": ends,
-            "findings": findings,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = {
+        **environment(),
+        "cases": seed - options.seed,
+        "bytes": total,
+        "ends": ends,
+        "findings": findings,
+    }
+    save(options.json, document)
     sys.exit(1 if findings else 0)
 
 

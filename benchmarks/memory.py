@@ -15,7 +15,6 @@ memory there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -25,8 +24,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from measurement import forget_peak, parser_of, process_bytes, save
 
 from fomoe_flwr import report
 from fomoe_flwr.config import (
@@ -40,6 +39,7 @@ from fomoe_flwr.costs import activations, memory_bytes, parameter_counts
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.worker.round import RoundTask, run_round
+from fomoe_flwr.worker.step_benchmark import RandomBatches
 
 SHARES = (1.0, 0.5, 0.25)
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -126,26 +126,6 @@ CUDA_CASES = {
 """All with a shape of 0.7 billion parameters, 8 x 1024 tokens."""
 
 
-class RandomTokens:
-    """Endless batches of random tokens."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.generator = torch.Generator().manual_seed(0)
-
-    def next_batch(self) -> torch.Tensor:
-        """Return the next windows."""
-        shape = (self.case.batch_size, self.case.sequence_length + 1)
-        return torch.randint(0, self.case.model.vocab_size, shape, generator=self.generator)
-
-    def state(self) -> dict[str, Any]:
-        """Return no cursor."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go nowhere."""
-
-
 def settings_of(case: Case) -> Settings:
     local = replace(case.local, batch_size=case.batch_size, steps=2)
     data = DataSettings(sequence_length=case.sequence_length)
@@ -169,7 +149,7 @@ def train(case: Case, share: float, folder: Path, server_round: int) -> float:
         experts=_weights(spec.experts_size(residents), generator),
         state_dir=folder,
     )
-    result = run_round(task, lambda position: RandomTokens(case))
+    result = run_round(task, lambda position: RandomBatches(settings, torch.device("cpu")))
     return 1.0 - result.report.routing.ghost_fraction
 
 
@@ -185,7 +165,7 @@ def measure(case: Case, share: float) -> dict[str, float]:
     tiny = replace(case, model=_shape(hidden_size=64, num_layers=1, expert_size=32), batch_size=1)
     with tempfile.TemporaryDirectory() as scratch:
         train(tiny, 0.5, Path(scratch) / "tiny", 1)
-        base = psutil.Process().memory_info().rss
+        base = process_bytes("VmRSS")
         for server_round in (1, 2):
             _reset_peak(device)
             resident_share = train(case, share, Path(scratch) / "worker", server_round)
@@ -223,23 +203,20 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        forget_peak()
 
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+    return process_bytes()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--case", action="append", default=None)
     parser.add_argument("--share", action="append", type=float, default=None)
-    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--one", action="store_true", help="one case and share, here; prints JSON")
     parser.add_argument("--held", action="store_true", help="with --one: execution.hold_heap")
     options = parser.parse_args()
@@ -270,10 +247,7 @@ def main() -> None:
             print(f"{name:<40}{share:>6g}{sizes}{row['off']:>+8.1%}", flush=True)
     worst = max(abs(row["off"]) for row in rows)
     print(f"MiB; the prediction is off by at most {worst:.1%}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {**report.environment(), "device": options.device, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    save(options.json, {**report.environment(), "device": options.device, "rows": rows})
 
 
 if __name__ == "__main__":

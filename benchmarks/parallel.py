@@ -11,31 +11,26 @@ divided by the number of processes. Memory is the most that torch held on a proc
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from measurement import parser_of, save
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fomoe_flwr.config import Settings, load_settings, settings_from_dict
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
-from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.model.shards import Wholes
 from fomoe_flwr.model.state import load_state, state_of
 from fomoe_flwr.parallel.processes import Processes
 from fomoe_flwr.parallel.serve import Job, serve
 from fomoe_flwr.parallel.team import ALONE, Team
 from fomoe_flwr.parallel.torch_team import TorchTeam
-from fomoe_flwr.worker.inner_state import InnerState
-from fomoe_flwr.worker.training import make_optimizer, train
+from fomoe_flwr.report.environment import environment
+from fomoe_flwr.worker.step_benchmark import RandomBatches
+from fomoe_flwr.worker.trainer import LocalTrainer
 
 ON_GPU = (
     # 1.7 billion parameters, of which a token uses 0.3.
@@ -52,20 +47,6 @@ ON_GPU = (
     "local.precision=bfloat16",
 )
 TIMEOUT_SECONDS = 300
-
-
-@dataclass
-class RandomBatches:
-    """Random windows, the same in every variant."""
-
-    settings: Settings
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-
-    def next_batch(self) -> Tensor:
-        """Return the next [B, S + 1] windows."""
-        local, data = self.settings.local, self.settings.data
-        shape = (local.batch_size, data.sequence_length + 1)
-        return torch.randint(self.settings.model.vocab_size, shape, generator=self.generator)
 
 
 def take_steps(job: Job, joined: TorchTeam) -> dict[str, Any]:
@@ -86,31 +67,16 @@ def take_steps(job: Job, joined: TorchTeam) -> dict[str, Any]:
     execution = Execution.choose(settings.execution, device, shape.vocab_size)
     execution.prepare(model)
     team.take(model)
-    optimizer = make_optimizer(model, settings.local)
-    inner = InnerState(model, settings.local, shape.routing_mode, residents)
-    batches: Any = RandomBatches(settings)
-    reports = []
-    for steps in (job["warm_steps"], settings.local.steps):
-        probe = RouterProbe(model, shape.num_experts, residents, compiled=execution.compiled)
-        reports.append(
-            train(
-                model,
-                probe,
-                optimizer,
-                inner,
-                batches,
-                replace(settings.local, steps=steps),
-                balance=settings.balance,
-                first_step=0,
-                total_steps=steps,
-                device=device,
-                execution=execution,
-                team=team,
-            )
-        )
-        probe.close()
-    report = reports[-1]
-    trained = Wholes(state_of(model))
+    batches = RandomBatches(settings, device)
+    trainer = LocalTrainer(
+        model, settings, residents, lambda position: batches, team=team, execution=execution
+    )
+    trainer.train(job["warm_steps"])
+    trainer.probe.forget()
+    # What is measured begins at the schedule's start again.
+    trainer.step = 0
+    report = trainer.train(settings.local.steps)
+    trained = trainer.weights
     if job.get("weights"):
         weights = {key: trained[key].cpu().contiguous() for key in trained}
         if joined.is_first:
@@ -161,11 +127,10 @@ def compare(settings: Settings, device: str, count: int, share: float) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("overrides", nargs="*", help="settings, as for `fomoe run`")
     parser.add_argument("--processes", type=int, default=0, help="0: one for every GPU, else 2")
     parser.add_argument("--share", type=float, default=0.5, help="resident share of the experts")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
     has_gpu = torch.cuda.is_available()
     count = arguments.processes or max(2, torch.cuda.device_count())
@@ -180,17 +145,14 @@ def main() -> None:
         ]
     )
     results = compare(settings, "cuda" if has_gpu else "cpu", count, arguments.share)
-    if arguments.json:
-        machine = torch.cuda.get_device_name() if has_gpu else platform.machine()
-        document = {
-            "machine": machine,
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "share": arguments.share,
-            "settings": settings.to_dict(),
-            "variants": results,
-        }
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    document = {
+        **environment(),
+        "cores": os.cpu_count(),
+        "share": arguments.share,
+        "settings": settings.to_dict(),
+        "variants": results,
+    }
+    save(arguments.json, document)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Project training time to models and sites that nobody has here, and say when FoMoE is worth it.
 
-    python benchmarks/projection.py --to results/projection --picture docs/images/projection.png
+    python benchmarks/projection.py --to benchmarks/results/projection
+    python benchmarks/projection.py --picture docs/images/projection.png
 
 Everything comes from `fomoe_flwr.costs`; the assumptions stand at the top of what it writes.
 """
@@ -8,7 +9,6 @@ Everything comes from `fomoe_flwr.costs`; the assumptions stand at the top of wh
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from measurement import markdown, save
 
 from fomoe_flwr import costs
 from fomoe_flwr.config import Settings, load_settings
@@ -109,21 +110,23 @@ def project(names: list[str]) -> Iterator[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Write rows as Markdown."""
-    head = (
-        "| model | sites | overlap | link | FoMoE | DiLoCo | DDP | over DiLoCo | over DDP | "
-        "training's share | state: part, whole |"
-    )
-    text = [head, "|" + " --- |" * (head.count("|") - 1)]
+    titles = ("model", "sites", "overlap", "link", "FoMoE", "DiLoCo", "DDP", "over DiLoCo")
+    titles += ("over DDP", "training's share", "state: part, whole")
+    lines = []
     for row in rows:
         link = f"{row['mbps'] / 1000:g} Gb/s" if row["mbps"] >= 1000 else f"{row['mbps']:g} Mb/s"
-        text.append(
-            f"| {row['model']} | {row['sites']} | {row['overlap']} | {link} | "
-            f"{_days(row['fomoe_days'])} | {_days(row['diloco_days'])} | "
-            f"{_days(row['ddp_days'])} | "
-            f"{row['over_diloco']:.2f}x | {row['over_ddp']:.1f}x | {row['computing_share']:.0%} | "
-            f"{row['worker_gb']:,.0f}, {row['full_replica_gb']:,.0f} GB |"
+        lines.append(
+            [
+                *(row[key] for key in ("model", "sites", "overlap")),
+                link,
+                *(_days(row[f"{method}_days"]) for method in ("fomoe", "diloco", "ddp")),
+                f"{row['over_diloco']:.2f}x",
+                f"{row['over_ddp']:.1f}x",
+                f"{row['computing_share']:.0%}",
+                f"{row['worker_gb']:,.0f}, {row['full_replica_gb']:,.0f} GB",
+            ]
         )
-    return "\n".join(text)
+    return markdown(titles, lines)
 
 
 def _days(number: float) -> str:
@@ -160,9 +163,7 @@ def main() -> None:
     rows = list(project(options.model or list(MODELS)))
     print(table(rows))
     if options.to:
-        options.to.parent.mkdir(parents=True, exist_ok=True)
-        document = {"assumptions": ASSUMPTIONS, "rows": rows}
-        options.to.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+        save(options.to.with_suffix(".json"), {"assumptions": ASSUMPTIONS, "rows": rows})
         assumed = "\n".join(f"- {line}" for line in ASSUMPTIONS)
         options.to.with_suffix(".md").write_text(
             f"# Projection\n\n`python benchmarks/projection.py`\n\n{assumed}\n\n{table(rows)}\n"

@@ -12,7 +12,6 @@ rounds but the first, which pays for what the later ones find ready.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from measurement import FOMOE, parser_of, save
 
 from fomoe_flwr import report
 from fomoe_flwr.run.directory import RunDirectory
@@ -58,8 +58,7 @@ def simulation(rounds: int, overrides: Sequence[str], folder: Path) -> dict[str,
     """Take the rounds of a simulated run apart."""
     run = folder / "simulation"
     words = ["engine=flower", f"rounds={rounds}", f"output_dir={run}", *overrides]
-    command = [sys.executable, "-m", "fomoe_flwr.cli", "run", *words]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*FOMOE, "run", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     rows = rows_of(run)
     together = {
         key: median(rows, f"round/{key}_seconds")
@@ -215,12 +214,11 @@ def show(title: str, figures: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("what", nargs="+", choices=("simulation", "deployment"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--nodes", type=int, default=2, help="of the deployment")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--keep", type=Path, default=None, help="folder for what the runs leave")
     options = parser.parse_args()
     found: dict[str, Any] = {}
@@ -234,10 +232,7 @@ def main() -> None:
             )
     for title, figures in found.items():
         show(title, figures)
-    if options.json:
-        document = {**report.environment(), "load": os.getloadavg(), **found}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    save(options.json, {**report.environment(), "load": os.getloadavg(), **found})
 
 
 if __name__ == "__main__":

@@ -12,16 +12,14 @@ tiny model take before is taken off.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import struct
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import Array, RecordDict
+from measurement import best_seconds, markdown, parser_of, process_bytes, save
 
 from fomoe_flwr import report
 from fomoe_flwr.aggregation.holder_mean import HolderMean
@@ -30,6 +28,7 @@ from fomoe_flwr.codecs.sizes import Codec
 from fomoe_flwr.config import OuterSettings
 from fomoe_flwr.federation import wire
 from fomoe_flwr.model.state import Entry, StateSpec
+from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 
 LAYERS, EXPERTS = 8, 16
 
@@ -51,21 +50,10 @@ def spec_of(num_bytes: float) -> StateSpec:
     )
 
 
-def peak_bytes() -> int:
-    """Return the process's highest resident memory so far."""
-    line = next(t for t in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in t)
-    return int(line.split()[1]) * 1024
-
-
 def copy_speed(num_bytes: int) -> float:
     """Return bytes a second of copying one block of memory to another, best of five."""
     source, target = torch.ones(num_bytes // 4), torch.ones(num_bytes // 4)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - started)
-    return num_bytes / min(times)
+    return num_bytes / best_seconds(lambda: target.copy_(source), 5)
 
 
 def _array(value: float, size: int, codec: str) -> Array:
@@ -80,9 +68,9 @@ def measure(
     """Fold one round's replies and take the outer step."""
     torch.set_num_threads(threads)
     _fold_round(spec_of(1e6), workers, overlap, codec)
-    base = peak_bytes()
+    base = process_bytes()
     found = _fold_round(spec_of(gigabytes * 1e9), workers, overlap, codec)
-    peak = peak_bytes()
+    peak = process_bytes()
     copy = copy_speed(2**28)
     folded = found.pop("folded_bytes")
     seconds = found["fold_seconds"]
@@ -113,10 +101,10 @@ def _fold_round(spec: StateSpec, workers: int, overlap: int, codec: str) -> dict
         sizes = spec.shared_size, spec.experts_size(residents)
         content = RecordDict()
         arrays = [_array(1e-3 * (worker + 1), size, codec) for size in sizes]
-        content[wire.PSEUDO_GRADIENT] = wire.arrays_of(*arrays)
+        content[PSEUDO_GRADIENT] = wire.arrays_of(*arrays)
         del arrays
         started = time.perf_counter()
-        vectors = wire.vectors_in(content, wire.PSEUDO_GRADIENT, codec, sizes)
+        vectors = wire.vectors_in(content, PSEUDO_GRADIENT, codec, sizes)
         decode_seconds += time.perf_counter() - started
         started = time.perf_counter()
         mean.fold(*vectors, residents, 1.0)
@@ -138,13 +126,12 @@ def _fold_round(spec: StateSpec, workers: int, overlap: int, codec: str) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--workers", type=int, action="append", default=None)
     parser.add_argument("--overlap", type=int, default=2)
     parser.add_argument("--codec", default="float32", type=lambda name: Codec(name).name)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     rows = []
     context = multiprocessing.get_context("spawn")
@@ -152,19 +139,22 @@ def main() -> None:
         words = options.gigabytes, workers, options.overlap, options.codec, options.threads
         with context.Pool(1) as pool:
             rows.append(pool.apply(measure, words))
-    print("| workers | peak GB | allowed GB | copy GB/s | fold | decode + fold | outer step s |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        print(
-            f"| {row['workers']} | {row['peak_bytes'] / 1e9:.2f} "
-            f"| {row['allowed_bytes'] / 1e9:.2f} | {row['copy_bytes_per_second'] / 1e9:.1f} "
-            f"| {row['fold_share_of_copy']:.0%} | {row['decode_and_fold_share_of_copy']:.0%} "
-            f"| {row['outer_seconds']:.2f} |"
+    titles = ("workers", "peak GB", "allowed GB", "copy GB/s")
+    titles += ("fold", "decode + fold", "outer step s")
+    shown = [
+        (
+            row["workers"],
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['allowed_bytes'] / 1e9:.2f}",
+            f"{row['copy_bytes_per_second'] / 1e9:.1f}",
+            f"{row['fold_share_of_copy']:.0%}",
+            f"{row['decode_and_fold_share_of_copy']:.0%}",
+            f"{row['outer_seconds']:.2f}",
         )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {**report.environment(), "threads": options.threads, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        for row in rows
+    ]
+    print(markdown(titles, shown))
+    save(options.json, {**report.environment(), "threads": options.threads, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Soak test: a secure loopback federation trains on while its processes are killed at random.
 
-    python benchmarks/soak.py --folder /tmp/soak --json results/soak.json
+    python benchmarks/soak.py --folder /tmp/soak --json benchmarks/results/soak.json
 
 A keeper starts killed processes again and a supervisor resumes the run when its server dies, as
 systemd does it in docs/deploy.md. Afterwards every round must have its record, every layout must
@@ -10,7 +10,6 @@ Exit status 0 if all of that holds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -26,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from measurement import FOMOE, parser_of, save
 
 from fomoe_flwr import report
 from fomoe_flwr.config import load_settings
 from fomoe_flwr.federation.deployment.loopback import Loopback
-from fomoe_flwr.federation.deployment.processes import family
+from fomoe_flwr.federation.deployment.process_family import family
 from fomoe_flwr.federation.deployment.submission import supervise
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.run.checkpoint import load_latest
@@ -138,7 +138,7 @@ class Injector(threading.Thread):
 def undisturbed(folder: Path, words: Sequence[str], seed: int) -> float:
     """Train the same run in one process without any fault; return its last held-out loss."""
     out = folder / f"undisturbed-{seed}"
-    command = [sys.executable, "-m", "fomoe_flwr.cli", "run", *words, f"seed={seed}"]
+    command = [*FOMOE, "run", *words, f"seed={seed}"]
     subprocess.run(
         [*command, f"output_dir={out}"], check=True, stdout=subprocess.DEVNULL, timeout=1800
     )
@@ -169,14 +169,13 @@ def verdict(run: RunDirectory, rounds: int, references: Sequence[float]) -> dict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="empty; everything goes there")
     parser.add_argument("--rounds", type=int, default=52)
     parser.add_argument("--seed", type=int, default=0, help="of the run and of the faults")
     parser.add_argument(
         "--references", type=int, default=3, help="undisturbed runs to compare with"
     )
-    parser.add_argument("--json", type=Path, default=None, help="write the result there")
     options = parser.parse_args()
     folder = options.folder.expanduser().resolve()
     run = RunDirectory(folder / "run")
@@ -239,8 +238,7 @@ def main() -> int:
         "injected": injector.done,
     }
     print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save(options.json, result)
     passed = done and not left and all(v for v in checks.values() if isinstance(v, bool))
     return 0 if passed else 1
 

@@ -1,6 +1,6 @@
 """Run a sweep unattended, kill one of its jobs on purpose, and keep the table.
 
-    python benchmarks/sweep.py --dir outputs/sweep-tiny --json results/sweep-tiny.json
+    python benchmarks/sweep.py --dir outputs/sweep-tiny --json benchmarks/results/sweep-tiny.json
     python benchmarks/sweep.py --dir outputs/sweep-tiny --n-jobs 2
 
 Three overlaps, two layouts, two routing modes and two seeds of the tiny preset over four workers.
@@ -10,7 +10,6 @@ the others, say that one failed and exit 1; then `fomoe sweep --resume` must do 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -18,6 +17,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from measurement import FOMOE, parser_of, save
 
 from fomoe_flwr.report.environment import environment
 from fomoe_flwr.sweep.directory import SweepDirectory
@@ -51,14 +52,13 @@ def kill_when_running(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--dir", type=Path, default=Path("outputs/sweep-tiny"))
     parser.add_argument("--n-jobs", type=int, default=1, help="above 1: Hydra's joblib launcher")
-    parser.add_argument("--json", type=Path, default=None, help="write rows and totals here")
     options = parser.parse_args()
     sweep = SweepDirectory(options.dir)
     launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={options.n_jobs}"]
-    start = [sys.executable, "-m", "fomoe_flwr.cli", "sweep"]
+    start = [*FOMOE, "sweep"]
     first = [*start, "--dir", str(sweep.path), *GRID, *(launcher if options.n_jobs > 1 else [])]
     started = time.monotonic()
     running = subprocess.Popen(first)
@@ -84,8 +84,7 @@ def main() -> None:
         **environment(),
         "rows": sweep_rows(sweep),
     }
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    save(options.json, document)
     print(json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1))
     if (first_status, second_status, statuses.count("failed")) != (1, 0, 1):
         raise SystemExit("the sweep did not do what it must")

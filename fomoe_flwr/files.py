@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from safetensors.torch import save_file
-from torch import Tensor
 
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically and durably."""
-    _replace(path, lambda target: save_file(dict(tensors), target, metadata=dict(metadata)))
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file under a temporary name, then give it its name, durably."""
+    draft = _draft_of(path)
+    try:
+        write(draft)
+        _flush(draft)
+        os.replace(draft, path)
+        _flush(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def save_text(text: str, path: Path) -> None:
     """Write a text file atomically and durably."""
-    _replace(path, lambda target: target.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def save_json(value: Any, path: Path) -> None:
@@ -85,17 +89,6 @@ def remove_drafts(folder: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    draft = _draft_of(path)
-    try:
-        write(draft)
-        _flush(draft)
-        os.replace(draft, path)
-        _flush(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _draft_of(path: Path) -> Path:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 # Before torch is imported: tiny tensors gain nothing from threads that fight over a few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test needs a hub. Without one, libraries ask again and again before they give up.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message, MessageType
-from micro import MICRO as MICRO
-from micro import micro as micro
 from torch import Tensor
 
 from fomoe_flwr import files
@@ -33,7 +31,7 @@ from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import StateSpec, state_of
 from fomoe_flwr.parameters.fragments import fragment_of_round, moments_of_round
 from fomoe_flwr.worker.round import RoundResult, RoundTask
-from fomoe_flwr.worker.training import LocalReport
+from fomoe_flwr.worker.trainer import LocalReport
 
 Weights = dict[str, Tensor]
 

@@ -6,6 +6,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from micro import micro_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,17 +21,7 @@ from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.state import state_of
 from fomoe_flwr.worker.trainer import LocalReport, LocalTrainer
 
-SHAPE = ModelSettings(
-    num_layers=2,
-    hidden_size=16,
-    expert_size=8,
-    num_heads=2,
-    num_kv_heads=1,
-    num_experts=4,
-    top_k=2,
-    vocab_size=260,
-    init_std=0.3,
-)
+SHAPE = micro_model(num_experts=4)
 RESIDENTS = ((0, 2), (1, 2, 3))
 LOCAL = LocalSettings(
     steps=2,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fomoe_flwr.federation.deployment.processes import family
+from fomoe_flwr.federation.deployment.process_family import family
 from fomoe_flwr.run.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,8 @@
 """The documentation: it builds without a warning, and what it tells people to type works.
 
-A page is a session: its shell blocks are run in order, in one empty folder (with `benchmarks/` and
-`results/` of the checkout beside it). A block that cannot be run says why in a comment before it:
+A page is a session: its shell blocks are run in order, in one empty folder (with `benchmarks/`
+and other folders of the checkout beside it). A block that cannot be run says why in a comment
+before it:
 
     <!-- not run: REASON -->
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from fomoe_flwr.cli.main import _parser
+from fomoe_flwr.cli.main import command_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -90,7 +91,7 @@ def test_every_block_parses_and_says_why_it_is_not_run(block: Block) -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
 def test_every_fomoe_command_is_one(block: Block) -> None:
     """Also of blocks that are not run: a command that was renamed is found here."""
-    parser = _parser()
+    parser = command_parser()
     for line in block.body.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words and words[0] == "!":
@@ -106,7 +107,7 @@ def test_every_fomoe_command_is_one(block: Block) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SESSIONS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
-    for name in ("benchmarks", "results", "conf", "tests", "docs", "examples", "deploy"):
+    for name in ("benchmarks", "conf", "tests", "docs", "examples", "deploy"):
         if (ROOT / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
     environment = {
@@ -131,7 +132,12 @@ def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_readmes_table_is_what_its_command_prints() -> None:
-    command = ["benchmarks/experiments.py", "--from-json", "results/demo.json", "--readme"]
+    command = [
+        "benchmarks/experiments.py",
+        "--from-json",
+        "benchmarks/results/demo.json",
+        "--readme",
+    ]
     printed = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
@@ -193,7 +199,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     # Mathematics is in the page itself, and nothing is fetched from elsewhere.
     assert page.count("<math") > 15
     assert re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', page) == []
-    reference = (tmp_path / "site" / "reference" / "settings.html").read_text(encoding="utf-8")
+    reference = (tmp_path / "site" / "reference" / "config.html").read_text(encoding="utf-8")
     assert "fomoe_flwr.config.schema.LayoutSettings" in reference
 
 

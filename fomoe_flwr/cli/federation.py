@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fomoe_flwr.config import Settings, expand_files, load_settings
+from fomoe_flwr.cli.train import exit_status
 
 if TYPE_CHECKING:
+    from fomoe_flwr.config import Settings
     from fomoe_flwr.federation.deployment.loopback import Loopback
 
 _EXAMPLES = """examples:
@@ -165,6 +166,7 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
+    from fomoe_flwr.config import expand_files, load_settings
     from fomoe_flwr.run.directory import absolute
     from fomoe_flwr.run.preflight import preflight
 
@@ -174,6 +176,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _train(options: argparse.Namespace, settings: Settings, federation: Loopback) -> int:
+    from fomoe_flwr.config import expand_files
     from fomoe_flwr.federation.deployment.submission import run_once, supervise
 
     words, folder = expand_files(options.overrides), federation.folder
@@ -181,9 +184,7 @@ def _train(options: argparse.Namespace, settings: Settings, federation: Loopback
         done = supervise(federation.link, settings, words, folder, options.resume_on_failure, _say)
     else:
         done = run_once(federation.link, settings, words, folder, _say)
-    if not done:
-        print(f"error: the run failed, see {settings.output_dir}", file=sys.stderr)
-    return 0 if done else 1
+    return exit_status(settings, done)
 
 
 def _credentials(options: argparse.Namespace) -> int:

@@ -16,12 +16,14 @@ from fomoe_flwr.config.checks import (
 from fomoe_flwr.config.compose import (
     RESUMABLE_KEYS,
     conf_dir,
+    find_run,
+    is_run,
     load_settings,
     read_settings,
     register_paper_rows,
     settings_from_dict,
 )
-from fomoe_flwr.config.override_files import expand_files
+from fomoe_flwr.config.overrides import expand_files, parse_overrides, quoted
 from fomoe_flwr.config.schema import (
     BalanceSettings,
     CheckpointSettings,
@@ -35,36 +37,7 @@ from fomoe_flwr.config.schema import (
     ModelSettings,
     OuterSettings,
     PrivacySettings,
+    RoutingMode,
     Settings,
     WireSettings,
 )
-
-__all__ = [
-    "BIASED_FAMILIES",
-    "LOCAL_STREAMS",
-    "PATHS",
-    "RESUMABLE_KEYS",
-    "SHARED_EXPERT_FAMILIES",
-    "BalanceSettings",
-    "CheckpointSettings",
-    "CostSettings",
-    "DataSettings",
-    "EvalSettings",
-    "ExecutionSettings",
-    "FederationSettings",
-    "LayoutSettings",
-    "LocalSettings",
-    "ModelSettings",
-    "OuterSettings",
-    "PrivacySettings",
-    "Settings",
-    "SettingsError",
-    "WireSettings",
-    "check",
-    "conf_dir",
-    "expand_files",
-    "load_settings",
-    "read_settings",
-    "register_paper_rows",
-    "settings_from_dict",
-]

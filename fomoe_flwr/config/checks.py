@@ -310,12 +310,9 @@ def _limits(
             yield key, value, item.metadata.get("options"), item.metadata.get("bounds")
 
 
-def _broken_bounds(
-    value: Any, bounds: Mapping[str, float | None] | None
-) -> Iterable[tuple[bool, str]]:
-    if bounds is None:
-        return
-    text = " and ".join(
+def range_of(bounds: Mapping[str, float | None]) -> str:
+    """Write the range of a number, e.g. `>= 0 and < 1`."""
+    return " and ".join(
         f"{name} {bound}"
         for name, bound in (
             (">=", bounds["at_least"]),
@@ -325,6 +322,14 @@ def _broken_bounds(
         )
         if bound is not None
     )
+
+
+def _broken_bounds(
+    value: Any, bounds: Mapping[str, float | None] | None
+) -> Iterable[tuple[bool, str]]:
+    if bounds is None:
+        return
+    text = range_of(bounds)
     low, above, high, below = (bounds[k] for k in ("at_least", "above", "at_most", "below"))
     # Written so that NaN breaks every bound.
     yield low is not None and not value >= low, text

@@ -12,14 +12,13 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from fomoe_flwr.config.checks import SettingsError, check, did_you_mean
+from fomoe_flwr.config.overrides import parse_overrides
 from fomoe_flwr.config.paper_rows import ROWS
 from fomoe_flwr.config.schema import Settings
 from fomoe_flwr.errors import one_line
@@ -73,13 +72,30 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
 def register_paper_rows() -> None:
     """Make `paper=<row>` known to Hydra, once.
 
-    So many files would differ in five numbers. Where no row is asked for, Hydra had better not know
-    them: it goes through all it knows whenever it composes, which takes longer than the rest.
+    Called only when a row is asked for: Hydra goes through all presets that it knows whenever it
+    composes, and 180 of them take longer than everything else.
     """
     for row in ROWS:
         ConfigStore.instance().store(
             group="paper", name=row.name, package="_global_", node=row.node()
         )
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is a run directory: a run stores its settings before anything else."""
+    return (folder / "config.yaml").is_file()
+
+
+def find_run(given: str | Path, key: str = "") -> Path:
+    """Return the absolute path of a run directory, as a person gave it with the setting `key`.
+
+    Raises SettingsError, one line, for a folder that is no run directory.
+    """
+    path = Path(given).expanduser().resolve()
+    if not is_run(path):
+        name = f"{key}={given}" if key else given
+        raise SettingsError(f"{name} is not a run directory: it has no config.yaml")
+    return path
 
 
 def read_settings(path: Path) -> Settings:
@@ -119,12 +135,18 @@ def _typed(node: Any) -> Settings:
     try:
         # A composed config already carries the schema and would wave `+extra` keys through.
         plain = OmegaConf.to_container(node, resolve=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.create(plain))
+        merged = OmegaConf.merge(_schema(), OmegaConf.create(plain))
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _explain(error) from error
     assert isinstance(settings, Settings)
     return settings
+
+
+@cache
+def _schema() -> Any:
+    # Making it takes longer than a merge, which copies it.
+    return OmegaConf.structured(Settings)
 
 
 def _explain(error: OmegaConfBaseException) -> SettingsError:
@@ -174,24 +196,15 @@ def _override_error(error: Exception) -> SettingsError:
     return SettingsError(one_line(str(error).split("See https://")[0]))
 
 
-def _parse(overrides: list[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise _override_error(error) from error
-
-
 def _resume_target(overrides: list[str]) -> str:
-    targets = [o.value() for o in _parse(overrides) if o.key_or_group == "resume"]
+    targets = [o.value() for o in parse_overrides(overrides) if o.key_or_group == "resume"]
     return str(targets[-1]) if targets and targets[-1] else ""
 
 
 def _stored(resume: str, overrides: list[str]) -> Settings:
-    run_dir = Path(resume).expanduser().resolve()
-    if not (run_dir / "config.yaml").is_file():
-        raise SettingsError(f"resume={resume} is not a run directory: it has no config.yaml")
+    run_dir = find_run(resume, "resume")
     node = OmegaConf.create(read_settings(run_dir / "config.yaml").to_dict())
-    for override in _parse(overrides):
+    for override in parse_overrides(overrides):
         key = override.key_or_group
         if not any(key == k or key.startswith(k + ".") for k in RESUMABLE_KEYS):
             raise SettingsError(

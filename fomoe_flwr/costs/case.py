@@ -115,15 +115,9 @@ class Case:
         return self.flops(self.settings.model.top_k)
 
     @cached_property
-    def worker_step_tokens(self) -> int:
-        """Tokens of one optimizer step on one worker."""
-        local = self.settings.local
-        return local.batch_size * local.accumulate * self.settings.data.sequence_length
-
-    @cached_property
     def round_tokens(self) -> int:
         """Tokens of a round on all workers."""
-        return self.layout.num_workers * self.worker_step_tokens * self.settings.local.steps
+        return self.layout.num_workers * self.settings.tokens_per_worker_round
 
     @cached_property
     def budget(self) -> float:
@@ -143,7 +137,7 @@ class Case:
         executed = self.settings.model.top_k if is_full else self.executed[worker]
         held = self.counts.total if is_full else self.resident[worker]
         return site_of(self.settings.costs).step_seconds(
-            self.worker_step_tokens * self.flops(executed).train,
+            self.settings.tokens_per_worker_step * self.flops(executed).train,
             held * state_bytes(self.settings),
         )
 

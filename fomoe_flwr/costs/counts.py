@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.config import ModelSettings, RoutingMode
 from fomoe_flwr.layout import Layout
-from fomoe_flwr.parameters.keys import RoutingMode, has_layer, is_expert_key
+from fomoe_flwr.parameters.keys import has_layer, is_expert_key
 from fomoe_flwr.parameters.shapes import one_layer_shapes
 
 

@@ -72,9 +72,9 @@ def star_seconds(
 ) -> RoundSeconds:
     """Return the round of a synchronous star, of the site that ends last.
 
-    All sites talk to the server at once: each is as fast as its own link or, where that is slower,
-    as the server is with everybody's bytes. Communication hides behind computation, but no more of
-    it than there is computation.
+    All sites talk to the server at once. A site's transfer takes as long as its own link needs, or
+    as long as the server needs for everybody's bytes, whichever is longer. `hidden_share` of the
+    communication runs beside computation, but no more than there is computation.
     """
     all_down, all_up = (8 * sum(sent) / server_bits_per_second for sent in (down_bytes, up_bytes))
     rounds = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.config import ModelSettings, RoutingMode
 from fomoe_flwr.costs.counts import expert_weights
 from fomoe_flwr.layout import Layout
-from fomoe_flwr.parameters.keys import RoutingMode, has_layer, is_router_key
+from fomoe_flwr.parameters.keys import has_layer, is_router_key
 from fomoe_flwr.parameters.shapes import head_size, latent_sizes, one_layer_shapes
 
 TRAINING_FACTOR = 3

@@ -17,12 +17,12 @@ from fomoe_flwr.costs.wall_clock import time_lines
 def summary(settings: Settings) -> dict[str, Number | str]:
     """Return everything worth knowing before training, under the names that metrics use.
 
-    Bytes are sums over all workers in one round, mean over a full cycle (`predict_bytes`).
-    `ratio/full_replica` is what full replicas with the same outer step and fragments would send
-    over what this run sends; `ratio/diloco` what DiLoCo and Photon would (full replicas, weights
-    only); `ratio/ddp` what data-parallel training, with one synchronisation of all gradients a
-    step, would send. Warm rounds are left out. `.../worker...` is the largest worker, a round's
-    time that of the site which ends last. Raises SettingsError if no layout can be drawn.
+    Bytes are those of one round: sums over all workers, mean over a full cycle (`predict_bytes`).
+    A ratio is what another method would send over what this run sends: `ratio/full_replica` for
+    full replicas with the same outer step and fragments, `ratio/diloco` for DiLoCo and Photon (full
+    replicas, weights only), `ratio/ddp` for data-parallel training (all gradients in every step).
+    Warm rounds are left out. `.../worker...` is the largest worker. A round's time is that of the
+    site that ends last. Raises SettingsError if no layout can be drawn.
     """
     return {line.key: line.value for line in lines(settings)}
 
@@ -286,7 +286,7 @@ def _flops(case: Case) -> list[Line]:
 
 def _batches(case: Case) -> list[Line]:
     local, model = case.settings.local, case.settings.model
-    step_tokens = case.layout.num_workers * case.worker_step_tokens
+    step_tokens = case.layout.num_workers * case.settings.tokens_per_worker_step
     return [
         Line(
             "batch/shared_tokens",

@@ -10,8 +10,7 @@ from fomoe_flwr.codecs.sizes import CodecPair
 from fomoe_flwr.config import ModelSettings, OuterSettings, Settings
 from fomoe_flwr.costs.counts import parameter_counts, resident_counts
 from fomoe_flwr.costs.topology import ring_factor, ring_round
-from fomoe_flwr.layout import Layout
-from fomoe_flwr.layout.context import begins_period
+from fomoe_flwr.layout import MOVING_KINDS, Layout, begins_period
 from fomoe_flwr.parameters.fragments import fragment_of_round, fragment_rows, moments_of_round
 from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 from fomoe_flwr.parameters.shapes import buffer_shapes, parameter_shapes
@@ -53,9 +52,9 @@ class RoundBytes:
 def predict_bytes(settings: Settings, layout: Layout) -> RoundBytes:
     """Predict the payload bytes of one round, mean over a full cycle of rounds like this layout's.
 
-    A cycle is as long as it takes until fragments, moments and moves of the layout meet again. The
-    first round of a run costs less, and so do rounds with failures: `predict_round` is exact. For
-    one fragment without moments both are the same: what a worker holds, down and up.
+    A cycle ends when fragments, moments and moves of the layout are where they began. The first
+    round of a run costs less, and so do rounds with failures; `predict_round` is exact. With one
+    fragment and no moments both give the same: what a worker holds, down and up.
     """
     outer, moving = settings.outer, _moves(settings)
     periods = [outer.first_moment_every, outer.second_moment_every]
@@ -89,10 +88,10 @@ def predict_round(
 ) -> RoundBytes:
     """Predict exactly the payload bytes of a round; rounds count from 1.
 
-    It and all rounds before must be without failures. `previous` is the layout of the round before;
-    left out, it is the same. A worker that holds other experts than before gets its whole slice,
-    whatever the fragment. Moments go up at the end of their round and come back, averaged, at the
-    beginning of the next.
+    It holds if neither this round nor one before had a failure. `previous` is the layout of the
+    round before; left out, it is the same. A worker that holds other experts than before gets its
+    whole slice, whatever the fragment. Moments go up at the end of their round. They come back,
+    averaged, at the beginning of the next.
     """
     before = previous or layout
     moved = [
@@ -304,4 +303,4 @@ def _migration_rate(settings: Settings, held: float) -> float:
 def _moves(settings: Settings) -> bool:
     """Tell whether workers' residents change in the course of a run."""
     layout = settings.layout
-    return layout.kind in ("random", "rolling", "balanced") and layout.overlap < layout.num_workers
+    return layout.kind in MOVING_KINDS and layout.overlap < layout.num_workers

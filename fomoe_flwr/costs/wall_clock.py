@@ -80,7 +80,7 @@ def _step(case: Case, worker: int) -> Line:
         worker = max(range(case.layout.num_workers), key=case.step_seconds)
     flops = case.flops(case.executed[worker]).train
     optimizer = " + state_bytes / (state_gb_per_second * 1e9)" if costs.state_gb_per_second else ""
-    tokens = case.worker_step_tokens
+    tokens = case.settings.tokens_per_worker_step
     return Line(
         "time/step_seconds",
         case.step_seconds(worker),

@@ -1,8 +1,9 @@
 """What privacy a run has spent, by Flower's accountant (Renyi, over dp-accounting).
 
-Flower's wrappers of strategies clip and add noise to replies with identical keys and need FedAvg's
-aggregation; replies here differ in keys, so only the accountant is used. Every round in which
-anybody took part is one release of the Gaussian mechanism, without amplification by sampling.
+Flower's own wrappers clip replies and add noise, but they need replies with identical keys and
+FedAvg's aggregation. Replies here differ in their keys, so only the accountant is used. Every round
+in which any worker took part is one release of the Gaussian mechanism. Workers are not sampled, so
+nothing is amplified by sampling.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class PrivacyLedger:
                 PrivacyConfig(
                     target_delta=settings.delta,
                     population_size=num_workers,
-                    # A worker whose update is zero weighs like one that is removed.
+                    # Removing a worker has the effect of setting its update to zero.
                     neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
                     sampling_method=SamplingMethod.NO_AMPLIFICATION,
                 )

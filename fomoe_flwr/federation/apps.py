@@ -1,7 +1,7 @@
 """The two Flower apps; `server_app.py` and `client_app.py` at the top hand them to Flower.
 
-Flower starts a process for every message to a node, so nothing is imported here that a ClientApp
-with a warm worker does not need, torch above all.
+Flower starts a process for every message to a node. So this module imports only what a ClientApp
+with a warm worker needs, and no torch.
 """
 
 from __future__ import annotations

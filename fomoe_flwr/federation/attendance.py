@@ -1,9 +1,9 @@
 """Attendance: which workers a round can count on, from what happened in the rounds before.
 
-A worker is away once it has missed `layout.rehome_after` rounds in a row. One without a node is
-back when a node plays it. One whose node is there but whose replies could not be used rests for as
-many rounds as it missed, then gets one round to show that it is mended: experts that move to and
-fro with it cost more than its help is worth.
+A worker is away once it has missed `layout.rehome_after` rounds in a row. If it has no node, it is
+back as soon as a node plays it. If it has a node but its replies could not be used, it rests for as
+many rounds as it missed, and is then tried for one round. It rests because experts would otherwise
+move away from it and back again and again, which costs more than a failing worker contributes.
 """
 
 from __future__ import annotations
@@ -40,13 +40,24 @@ class Attendance:
         return sorted({*expected, *back})
 
     def welcome(self, workers: Collection[int]) -> None:
-        """Count on workers again: they answered, if too late, or nobody else is there."""
+        """Count on workers again: they answered too late, or there is no quorum without them."""
         for worker in workers:
             self.missed.pop(worker, None)
             self.resting.pop(worker, None)
 
+    def ensure_quorum(
+        self, server_round: int, free: Collection[int], busy: Collection[int], needed: int
+    ) -> None:
+        """Count on all free workers if fewer than `needed` of those present are free.
+
+        So workers that failed and rest are called back when there is no quorum without them.
+        """
+        present = set(self.present(server_round, {*free, *busy}))
+        if len(present.intersection(free)) < needed:
+            self.welcome(set(free) - present)
+
     def leave(self, workers: Collection[int]) -> None:
-        """Note that workers are away from the beginning."""
+        """Note that workers are away when the run begins."""
         self.missed |= dict.fromkeys(workers, self.patience)
 
     def note(

@@ -18,9 +18,12 @@ from fomoe_flwr.data.cache import cache_dir
 from fomoe_flwr.data.source import NodeData
 from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import wire
-from fomoe_flwr.federation.wire import TaskHeader, WireError
+from fomoe_flwr.federation.routing_fields import choices_fields, counts_fields
+from fomoe_flwr.federation.task_header import TaskHeader
+from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 from fomoe_flwr.worker.cache import CACHE
 from fomoe_flwr.worker.device import capacity_gib, pick_device
 from fomoe_flwr.worker.multi_gpu import NODE_PROCESSES, num_node_processes
@@ -28,14 +31,17 @@ from fomoe_flwr.worker.round import RoundResult, RoundTask, run_round
 
 
 def answer_query(content: RecordDict, context: Context) -> RecordDict:
-    """Get ready for a run: keep its tokenizer, tokenise the node's text, name the worker played."""
+    """Prepare for a run and say which worker this node plays.
+
+    The node stores the run's tokenizer and tokenises its own text.
+    """
     setup = wire.json_in(content, wire.SETUP)
     if setup.get("version") != __version__:
         raise WireError(
             f"the server runs fomoe-flwr {setup.get('version')}, this node {__version__}: "
             "install the same version"
         )
-    settings = CACHE.settings(_with_own_words(setup["settings"], context))
+    settings = CACHE.settings(_with_node_overrides(setup["settings"], context))
     _check_spec(settings, str(setup.get("spec_digest")))
     text = str(setup["tokenizer"])
     path = _tokenizer_path(tokenizer_digest(text))
@@ -57,11 +63,10 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     """Train one round and return the pseudo-gradient with its metrics."""
     started = time.perf_counter()
     header = TaskHeader.read(content)
-    settings = CACHE.settings(_with_own_words(header.settings, context))
+    settings = CACHE.settings(_with_node_overrides(header.settings, context))
     spec = _check_spec(settings, header.spec_digest)
-    _check_ranges(header, settings)
-    part = None if header.fragment < 0 else spec.fragment(header.fragment, settings.outer.fragments)
-    carried = part or spec
+    header.check_ranges(settings)
+    carried = spec.fragment(header.fragment, settings.outer.fragments)
     vectors = {
         name: wire.vectors_in(
             content,
@@ -74,7 +79,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
             *((name, carried.parameters()) for name in header.moments),
         )
     }
-    # Decoded vectors are copies. A caller that lets go of the message frees its bytes here.
+    # Decoded vectors are copies: where the caller has dropped the message, this frees its bytes.
     del content
     shared, experts = vectors.pop(wire.WEIGHTS)
     text = _tokenizer_text(header.tokenizer_digest)
@@ -89,7 +94,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         experts=experts,
         state_dir=_state_dir(context, header),
         keep_rounds=header.keep_rounds,
-        part=part,
+        fragment=header.fragment,
         moments=vectors,
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
         probe=torch.tensor(header.probe) if header.probe else None,
@@ -122,18 +127,18 @@ def _reply(
         "fresh_experts": result.num_fresh_experts,
     }
     answered = {
-        **wire.counts_fields(report.routing),
+        **counts_fields(report.routing),
         "server_round": header.server_round,
         "worker": header.worker,
         "layout_digest": header.layout_digest,
     }
     if result.choices is not None:
-        answered |= wire.choices_fields(result.choices)
+        answered |= choices_fields(result.choices)
     content = RecordDict(
         {wire.METRICS: wire.metrics_record(metrics), wire.TASK: wire.json_record(answered)}
     )
     gradient = (result.shared, result.experts)
-    for name, (shared, experts) in {wire.PSEUDO_GRADIENT: gradient, **result.moments}.items():
+    for name, (shared, experts) in {PSEUDO_GRADIENT: gradient, **result.moments}.items():
         arrays = wire.encode_pair(shared, experts, task.settings.wire.codecs_up, task.seed)
         content[name] = wire.arrays_of(*arrays)
     return content
@@ -149,49 +154,19 @@ def _check_spec(settings: Settings, digest: str) -> StateSpec:
     return spec
 
 
-def _check_ranges(header: TaskHeader, settings: Settings) -> None:
-    """Refuse a task that names a worker, expert, layer, fragment or token which the run lacks."""
-    model, workers = settings.model, settings.layout.num_workers
-    if header.worker >= workers:
-        raise WireError(f"task is for worker {header.worker}, layout.num_workers={workers}")
-    known = range(model.num_experts)
-    if len(header.residents) != model.num_layers or any(
-        list(held) != sorted(set(held) & set(known)) for held in header.residents
-    ):
-        raise WireError(
-            f"residents must be {model.num_layers} rising lists of expert ids from 0 to "
-            f"{model.num_experts - 1}"
-        )
-    if header.fragment >= settings.outer.fragments:
-        raise WireError(
-            f"task carries fragment {header.fragment}, outer.fragments={settings.outer.fragments}"
-        )
-    shares = header.pooled_share
-    if (
-        shares is not None
-        and [len(row) for row in shares] != [model.num_experts] * model.num_layers
-    ):
-        raise WireError(
-            f"pooled_share must be {model.num_layers} lists of {model.num_experts} shares"
-        )
-    unknown = max(map(max, header.probe), default=0)
-    if unknown >= model.vocab_size:
-        raise WireError(f"probe has token {unknown}, the vocabulary {model.vocab_size}")
-
-
-def _with_own_words(fields: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    """Put what the node says of itself over the run's settings; checked with them later."""
-    words = context.node_config
+def _with_node_overrides(fields: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Let the node's configuration override the run's device and data; the caller checks both."""
+    node = context.node_config
     if not all(isinstance(fields.get(section), dict) for section in ("local", "data")):
         raise WireError("settings need the sections local and data")
     local, data = dict(fields["local"]), dict(fields["data"])
-    if device := words.get("device"):
+    if device := node.get("device"):
         local["device"] = str(device)
     if _has_own_data(context):
-        data["path"] = str(words.get("data-path", ""))
-        data["dataset"] = str(words.get("dataset", ""))
-        data["dataset_config"] = str(words.get("dataset-config", ""))
-        data["dataset_revision"] = str(words.get("dataset-revision", ""))
+        data["path"] = str(node.get("data-path", ""))
+        data["dataset"] = str(node.get("dataset", ""))
+        data["dataset_config"] = str(node.get("dataset-config", ""))
+        data["dataset_revision"] = str(node.get("dataset-revision", ""))
     return {**fields, "local": local, "data": data}
 
 
@@ -200,7 +175,7 @@ def _has_own_data(context: Context) -> bool:
 
 
 def _node_data(settings: Settings, worker: int, text: str, context: Context) -> NodeData:
-    """Open the node's text: all of its own where it names some, else its part of the run's."""
+    """Open the worker's text: the node's own text if it has any, else a part of the run's."""
     num_parts, part = settings.layout.num_workers, worker
     if _has_own_data(context):
         num_parts, part = 1, 0
@@ -222,7 +197,7 @@ def _tokenizer_text(digest: str) -> str:
 
 
 def _state_dir(context: Context, header: TaskHeader) -> Path:
-    """Return this worker's own folder: the operator's choice, the run's, or the user's cache."""
+    """Return this worker's folder, in the `state-dir` of the node or run, else in the cache."""
     if not re.fullmatch(r"[0-9a-f]{8,64}", header.run_key):
         raise WireError(f"run key {header.run_key!r} is not a hex key")
     chosen = context.node_config.get("state-dir") or context.run_config.get("state-dir")

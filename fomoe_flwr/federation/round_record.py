@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fomoe_flwr.federation.replies import Reply
+from fomoe_flwr.aggregation.round_means import Reply
 from fomoe_flwr.federation.wire import Traffic
 from fomoe_flwr.layout import Layout, Rehomed
 from fomoe_flwr.model.router_probe import RoutingCounts
+from fomoe_flwr.run.evaluation import EvalReport
 
 
 @dataclass
@@ -29,20 +32,20 @@ class RoundRecord:
     moved_experts: int = 0
     """(layer, worker, expert) residencies that the round before did not have."""
     rehomed: Rehomed | None = None
-    """What it took to make do without those away, or to give those back their share."""
+    """How experts moved because workers left or came back."""
     started: float = field(default_factory=time.monotonic)
     counts: dict[int, RoutingCounts] = field(default_factory=dict)
     """Routing counts of every worker whose reply was folded."""
     disagreement: Tensor | None = None
     """[num_layers, num_experts] distance of an expert's copies from their mean before averaging."""
     copies: Tensor | None = None
-    """[num_layers, num_experts] number of replies that spoke for an expert."""
+    """[num_layers, num_experts] number of replies that carried the expert."""
     choices: dict[int, Tensor] = field(default_factory=dict)
     """[num_layers, tokens, top_k] choices on the probe of every worker whose reply was folded."""
     replies: dict[int, dict[str, float]] = field(default_factory=dict)
     """Metrics of every worker whose reply was folded."""
     failures: dict[int, str] = field(default_factory=dict)
-    """Reason for every worker whose reply was not."""
+    """Reason for every worker whose reply was not folded."""
     up: Traffic = field(default_factory=Traffic)
     down: Traffic = field(default_factory=Traffic)
     missing_experts: int = 0
@@ -60,9 +63,9 @@ class RoundRecord:
     train_seconds: float = 0.0
     """From the last message sent to the last reply folded."""
     receive_seconds: float = 0.0
-    """Of these, to take replies from the SuperLink; in this process, to train too."""
+    """Part of `train_seconds`: to take replies from the SuperLink. In one process also to train."""
     fold_seconds: float = 0.0
-    """Of these, to decode, check and fold replies."""
+    """Part of `train_seconds`: to decode, check and fold replies."""
     outer_seconds: float = 0.0
     epsilon: float | None = None
     """Privacy that the run has spent by the end of the round; None without noise."""
@@ -88,3 +91,71 @@ class RoundRecord:
     def load(self) -> Tensor:
         """[num_layers, num_experts] assignments of all workers, ghosts included."""
         return torch.stack([counts.load for counts in self.counts.values()]).sum(0)
+
+    def metrics_row(self) -> dict[str, Any]:
+        """Return the round's row of `metrics.jsonl`: sums over workers, and means by tokens."""
+        replies = list(self.replies.values())
+        tokens = sum(reply["tokens"] for reply in replies)
+
+        def mean(key: str) -> float:
+            return sum(reply.get(key, math.nan) * reply["tokens"] for reply in replies) / tokens
+
+        return {
+            "round": self.server_round,
+            "train/loss": mean("loss"),
+            "train/last_loss": mean("last_loss"),
+            "train/balance_loss": mean("balance_loss"),
+            "train/grad_norm": mean("grad_norm"),
+            "train/lr": mean("lr"),
+            "train/tokens": int(tokens),
+            "train/tokens_per_second": tokens / max(self.train_seconds, 1e-9),
+            "moe/ghost_fraction": mean("ghost_fraction"),
+            "moe/all_ghost_fraction": mean("all_ghost_fraction"),
+            "moe/fresh_experts": int(sum(reply.get("fresh_experts", 0) for reply in replies)),
+            "moe/missing_experts": self.missing_experts,
+            **({} if self.epsilon is None else {"privacy/epsilon": self.epsilon}),
+            "comm/bytes_up": self.bytes_up,
+            "comm/bytes_down": self.bytes_down,
+            **{f"comm/bytes_up/{kind}": count for kind, count in self.up.by_kind.items()},
+            **{f"comm/bytes_down/{kind}": count for kind, count in self.down.by_kind.items()},
+            "round/workers_ok": len(self.replies),
+            "round/workers_failed": len(self.failures),
+            "round/failures": {str(w): reason for w, reason in sorted(self.failures.items())},
+            "round/fresh_inner_states": int(sum(reply.get("fresh_state", 0) for reply in replies)),
+            "round/participants": sorted(self.replies),
+            "round/late_replies": self.late_replies,
+            "round/clipped": sorted(self.clipped),
+            "round/rejoined": sorted(self.rejoined),
+            "round/rejoined_fresh": sum(
+                bool(self.replies[worker].get("fresh_state", 0)) for worker in self.rejoined
+            ),
+            "round/configure_seconds": self.configure_seconds,
+            "round/send_seconds": self.send_seconds,
+            "round/train_seconds": self.train_seconds,
+            "round/worker_seconds": {
+                str(worker): reply["seconds"] for worker, reply in sorted(self.replies.items())
+            },
+            "round/receive_seconds": self.receive_seconds,
+            "round/fold_seconds": self.fold_seconds,
+            "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
+            # Sums over workers: of their local steps, and of the rest of their task.
+            "round/local_seconds": sum(reply["seconds"] for reply in replies),
+            "round/overhead_seconds": sum(reply.get("overhead_seconds", 0.0) for reply in replies),
+            "round/outer_seconds": self.outer_seconds,
+            "layout/digest": self.layout.digest(),
+            "layout/absent_workers": list(self.absent),
+            "layout/moved_experts": self.moved_experts,
+            "layout/rehomed_experts": self.rehomed.moved if self.rehomed else 0,
+            "layout/rehomed_lower_bound": self.rehomed.lower_bound if self.rehomed else 0,
+        }
+
+
+def evaluation_row(result: EvalReport) -> dict[str, Any]:
+    """Return what an evaluation adds to the round's row."""
+    return {
+        "eval/loss": result.loss,
+        "eval/perplexity": result.perplexity,
+        "eval/bits_per_byte": result.bits_per_byte,
+        "eval/tokens": result.tokens,
+        **{f"eval/bits_per_byte/{k}": v for k, v in result.domain_bits_per_byte.items()},
+    }

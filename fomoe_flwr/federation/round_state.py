@@ -1,4 +1,4 @@
-"""The strategy's memory: what it keeps from round to round besides weights and outer state."""
+"""The state between two rounds: what the next one depends on besides weights and outer state."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomoe_flwr.config import LayoutSettings
+from fomoe_flwr.config import LayoutSettings, Settings
+from fomoe_flwr.costs import layout_context
 from fomoe_flwr.federation.attendance import Attendance
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.layout import LayoutContext
 
 
 @dataclass
-class Memory:
-    """What the next round depends on; a checkpoint keeps it as `to_json` has it."""
+class RoundState:
+    """What the next round depends on. A checkpoint stores what `to_json` returns."""
 
     context: LayoutContext
     """What the next layout depends on."""
     attendance: Attendance
     current: set[int] = field(default_factory=set)
-    """Workers whose reply counted in the round before: their disks hold what they sent."""
+    """Workers whose reply counted in the round before. Their disks hold the weights of then."""
     load: Tensor | None = None
     """[num_layers, num_experts] assignments of the round before, of all workers."""
 
+    @classmethod
+    def at_start(cls, settings: Settings) -> RoundState:
+        """Return the state before the first round."""
+        layout = settings.layout
+        attendance = Attendance(layout.num_workers, layout.rehome_after)
+        return cls(layout_context(settings), attendance)
+
     def note(self, settings: LayoutSettings, record: RoundRecord) -> None:
-        """Take in a round whose outer step is done."""
+        """Note what a round leaves behind; to be called after its outer step."""
         self.current = set(record.replies)
         self.attendance.note(record.server_round, record.played, record.sent, record.replies)
         self.load = record.load
@@ -54,7 +62,7 @@ class Memory:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], settings: LayoutSettings) -> Memory:
+    def from_json(cls, data: Mapping[str, Any], settings: LayoutSettings) -> RoundState:
         """Read what `to_json` wrote."""
         load = None if data["load"] is None else torch.tensor(data["load"])
         context = LayoutContext.from_json(data["layout_context"])

@@ -1,7 +1,8 @@
 """What a round says about routing: tables by layer and worker, and their means for the metrics.
 
-A column of a table has one number a layer and one name, the same in `routing.jsonl` (null where it
-is undefined) and, as mean over layers under `moe/`, in `metrics.jsonl` (left out there).
+A column has a name and one number for each layer. `routing.jsonl` has every column, with null for
+an undefined number. `metrics.jsonl` has the mean of every column over the layers, as `moe/` and the
+name of the column; an undefined mean is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Columns = dict[str, list[float]]
 """Name of a measure -> one number for each layer."""
 
 FRACTIONS = ("ghost_fraction", "all_ghost_fraction")
-"""Columns that the metrics have already, from the replies."""
+"""Columns whose means are in the metrics already, from the replies."""
 
 
 class RoutingLog:
@@ -40,7 +41,7 @@ class RoutingLog:
         self._before: Tensor | None = None
 
     def begin(self, model: PreTrainedModel) -> None:
-        """Note how the assembled model chooses before the first round, or before a resumed one."""
+        """Note which experts the assembled model chooses before the first (or resumed) round."""
         self._before = self._choices(model)
 
     def close(
@@ -82,7 +83,7 @@ class RoutingLog:
         return chosen_experts(model, self.probe, shape.num_experts, shape.top_k, batch_size=batch)
 
     def _tables(self, record: RoundRecord) -> tuple[Columns, dict[int, Columns]]:
-        """Measure what the replies of all workers say, together and each."""
+        """Measure the routing counts of all replies: pooled, and of each worker alone."""
         workers = sorted(record.counts)
         counts = [record.counts[worker] for worker in workers]
         together = measure_counts(measure.pool(counts))
@@ -95,7 +96,7 @@ class RoutingLog:
             apart[worker] |= measure_counts(own, held if is_partial else None)
         tokens = [own.tokens for own in counts]
         for name in ("ghost_expected", "all_ghost_expected"):
-            # As the measured shares are: weighted by the tokens that a worker routed.
+            # Weighted by the tokens that each worker routed, like the measured shares.
             table = [apart[worker][name] for worker in workers]
             together[name] = [
                 sum(n * value for n, value in zip(tokens, column, strict=True))
@@ -111,7 +112,7 @@ class RoutingLog:
         return together, apart
 
     def _expected(self, held: Sequence[Sequence[int]]) -> Columns:
-        """Return the closed forms for these residents; in `partitioned` there are no ghosts."""
+        """Return the ghost shares of these residents at uniform routing; none in `partitioned`."""
         shape = self.settings.model
         if shape.routing_mode is RoutingMode.PARTITIONED:
             nothing = [0.0] * len(held)
@@ -133,7 +134,10 @@ class RoutingLog:
         return [measure.router_cosine(routers[layer]) for layer in sorted(routers)]
 
     def _drift(self, record: RoundRecord, state: State) -> list[float]:
-        """Compare with the weights after the outer step; layers that stayed at home have none."""
+        """Return how far the copies of experts drifted apart, relative to the new weights.
+
+        Layers that were not synchronised in this round have NaN.
+        """
         outer = self.settings.outer
         part = self.spec.fragment(fragment_of_round(outer, record.server_round), outer.fragments)
         squares = torch.zeros(self.spec.num_layers, self.spec.num_experts, dtype=torch.float64)

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from fomoe_flwr.config import Settings, SettingsError, load_settings
+from fomoe_flwr.config import Settings, SettingsError, load_settings, quoted
 from fomoe_flwr.run.directory import default_output_dir
 
 EVERYDAY = {
@@ -26,13 +26,6 @@ EVERYDAY = {
     "local-steps": "local.steps",
 }
 """Run-config key -> setting."""
-
-
-def quoted(value: object) -> str:
-    """Write a value for Hydra's grammar: text is quoted, so that a path may hold anything."""
-    if not isinstance(value, str):
-        return str(value)
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def settings_of(run_config: Mapping[str, object]) -> Settings:

@@ -1,8 +1,8 @@
 """Seats: which Flower node plays which worker.
 
 Node ids are random and the server sees no node's configuration, so a node is asked (a query) which
-worker it plays. The query also hands it the run's tokenizer and lets it prepare its text. Nobody is
-waited for in the middle of a run: answers are collected when they are there.
+worker it plays. The query also hands it the run's tokenizer and lets it prepare its text. In the
+middle of a run the server waits for no answer: it collects those that have come.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Seats:
         return {worker: node for node, worker in self.worker_of_node.items()}
 
     def gather(self, grid: Grid) -> None:
-        """Meet nodes until every worker has one, or those that are there have all answered."""
+        """Seat nodes until every worker has one, or no further answer is to be expected."""
         limits = self.settings.federation
         started = time.monotonic()
         while True:
             self.meet(grid)
             waited = time.monotonic() - started
-            # A node that was asked may be tokenising its text: that takes what it takes.
+            # A node that was asked may be tokenising its text, which may take long.
             limit = limits.round_timeout_seconds if self._asked else limits.node_wait_seconds
             answered = len(self.worker_of_node) + len(self._refused)
             enough = not self._asked and answered >= self.settings.layout.num_workers
@@ -72,7 +72,7 @@ class Seats:
         """Ask new nodes which worker they play, and seat those that have answered."""
         alive = set(grid.get_node_ids())
         if {*self.worker_of_node, *self._refused} - alive:
-            # A seat is free for a node that found it taken, or a node may come back mended.
+            # A node left: its seat is free for one that was refused, or it may return repaired.
             self._refused.clear()
         self.worker_of_node = {n: w for n, w in self.worker_of_node.items() if n in alive}
         self._asked = {i: n for i, n in self._asked.items() if n in alive}

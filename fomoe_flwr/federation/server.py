@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from fomoe_flwr.data.tokenizer import (
     tokenizer_json,
 )
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
-from fomoe_flwr.federation.round_record import RoundRecord
+from fomoe_flwr.federation.round_record import RoundRecord, evaluation_row
 from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
 from fomoe_flwr.federation.strategy import FoMoEStrategy
@@ -97,9 +96,9 @@ class Server:
         self.totals: dict[str, Any] = {"comm/bytes_up": 0, "comm/bytes_down": 0, "tokens": 0}
         self.rounds_done = 0
         self.run_key = uuid4().hex
-        memory: Mapping[str, Any] | None = None
+        strategy_state: Mapping[str, Any] | None = None
         if settings.resume:
-            memory = self._resume()
+            strategy_state = self._resume()
         else:
             self.tokenizer.save_pretrained(self.run.tokenizer)
         self._save_config()
@@ -118,18 +117,19 @@ class Server:
             keep_rounds=lambda: stored_rounds(self.run.checkpoints),
             probe=self.routing.probe,
         )
-        if memory is not None:
-            self.strategy.remember(memory)
+        if strategy_state is not None:
+            self.strategy.load_state_dict(strategy_state)
 
     def serve(self, grid: Grid) -> None:
         """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
         try:
-            report.print_start(self.settings, self.run, self.strategy.layout(self.rounds_done + 1))
+            layout = self.strategy.layouts.expected(self.rounds_done + 1)
+            report.print_start(self.settings, self.run, layout)
             self._write_summary("running")
             if self.rounds_done == 0:
                 self._evaluate_start()
             if not stored_rounds(self.run.checkpoints):
-                # From here on there is something to resume, whatever happens in round 1.
+                # So that the run can be resumed if it ends in round 1.
                 self._save(None)
             self.routing.begin(self.model)
             self.heartbeat.note("train", self.rounds_done + 1)
@@ -151,7 +151,7 @@ class Server:
         draft.replace(self.run.config)
 
     def _evaluate_start(self) -> None:
-        """Measure the untrained model and what a model without context could reach at best."""
+        """Measure the untrained model, and the best loss that a model without context can have."""
         before = self.evaluator(self.model)
         entropy = unigram_entropy(
             self.evaluator.blocks, self.evaluator.indices, self.settings.model.vocab_size
@@ -164,7 +164,7 @@ class Server:
         """Evaluate, save and write down a round that the strategy has finished."""
         settings, server_round = self.settings, record.server_round
         is_last = server_round == settings.rounds
-        row = _row(record)
+        row = record.metrics_row()
         started = time.monotonic()
         means, tables = self.routing.close(record, self.model, self.state)
         row |= means
@@ -172,7 +172,7 @@ class Server:
         if server_round % settings.eval.every == 0 or is_last:
             started = time.monotonic()
             self.heartbeat.note("evaluate", server_round)
-            row |= _eval_row(self.evaluator(self.model))
+            row |= evaluation_row(self.evaluator(self.model))
             row["round/eval_seconds"] = time.monotonic() - started
             started = time.monotonic()
             self._sample(server_round)
@@ -184,7 +184,7 @@ class Server:
         row["tokens"] = self.totals["tokens"]
         if "privacy/epsilon" in row:
             self.totals["privacy/epsilon"] = row["privacy/epsilon"]
-        # Before the checkpoint: a resume forgets what came after it.
+        # Written before the checkpoint. If the run ends in between, a resume removes both again.
         self.run.add_layout(server_round, record.layout.residents)
         self.run.append_routing(tables)
         started = time.monotonic()
@@ -220,14 +220,15 @@ class Server:
             "run_key": self.run_key,
             "spec_digest": self.spec.digest(),
             "totals": self.totals,
-            "memory": self.strategy.memory(),
+            # The name on the disk: checkpoints of earlier versions have it, and must resume.
+            "memory": self.strategy.state_dict(),
             "row": row,
         }
         checkpoint = Checkpoint(self.rounds_done, self.state, self.outer.tensors(), state)
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep)
 
     def _resume(self) -> Mapping[str, Any]:
-        """Take the newest checkpoint; return what the strategy remembered."""
+        """Take the newest checkpoint; return the state of the strategy."""
         checkpoint = load_latest(self.run.checkpoints)
         if checkpoint.state["spec_digest"] != self.spec.digest():
             raise CheckpointError(
@@ -251,8 +252,8 @@ class Server:
         if self.rounds_done and (not rows or rows[-1]["round"] != self.rounds_done):
             # The run was killed between its checkpoint and its line.
             self.run.append_metrics(checkpoint.state["row"])
-        memory: Mapping[str, Any] = checkpoint.state["memory"]
-        return memory
+        strategy_state: Mapping[str, Any] = checkpoint.state["memory"]
+        return strategy_state
 
     def _finish(self) -> None:
         exported = assemble(self.settings, self.state, self.tokenizer)
@@ -281,74 +282,6 @@ class Server:
                 **(extra or {}),
             }
         )
-
-
-def _row(record: RoundRecord) -> dict[str, Any]:
-    """Summarise a round: sums over workers, and means weighted by tokens."""
-    replies = list(record.replies.values())
-    tokens = sum(reply["tokens"] for reply in replies)
-
-    def mean(key: str) -> float:
-        return sum(reply.get(key, math.nan) * reply["tokens"] for reply in replies) / tokens
-
-    return {
-        "round": record.server_round,
-        "train/loss": mean("loss"),
-        "train/last_loss": mean("last_loss"),
-        "train/balance_loss": mean("balance_loss"),
-        "train/grad_norm": mean("grad_norm"),
-        "train/lr": mean("lr"),
-        "train/tokens": int(tokens),
-        "train/tokens_per_second": tokens / max(record.train_seconds, 1e-9),
-        "moe/ghost_fraction": mean("ghost_fraction"),
-        "moe/all_ghost_fraction": mean("all_ghost_fraction"),
-        "moe/fresh_experts": int(sum(reply.get("fresh_experts", 0) for reply in replies)),
-        "moe/missing_experts": record.missing_experts,
-        **({} if record.epsilon is None else {"privacy/epsilon": record.epsilon}),
-        "comm/bytes_up": record.bytes_up,
-        "comm/bytes_down": record.bytes_down,
-        **{f"comm/bytes_up/{kind}": count for kind, count in record.up.by_kind.items()},
-        **{f"comm/bytes_down/{kind}": count for kind, count in record.down.by_kind.items()},
-        "round/workers_ok": len(record.replies),
-        "round/workers_failed": len(record.failures),
-        "round/failures": {str(w): reason for w, reason in sorted(record.failures.items())},
-        "round/fresh_inner_states": int(sum(reply.get("fresh_state", 0) for reply in replies)),
-        "round/participants": sorted(record.replies),
-        "round/late_replies": record.late_replies,
-        "round/clipped": sorted(record.clipped),
-        "round/rejoined": sorted(record.rejoined),
-        "round/rejoined_fresh": sum(
-            bool(record.replies[worker].get("fresh_state", 0)) for worker in record.rejoined
-        ),
-        "round/configure_seconds": record.configure_seconds,
-        "round/send_seconds": record.send_seconds,
-        "round/train_seconds": record.train_seconds,
-        "round/worker_seconds": {
-            str(worker): reply["seconds"] for worker, reply in sorted(record.replies.items())
-        },
-        "round/receive_seconds": record.receive_seconds,
-        "round/fold_seconds": record.fold_seconds,
-        "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
-        # Sums over workers: their local steps, and what they did around them.
-        "round/local_seconds": sum(reply["seconds"] for reply in replies),
-        "round/overhead_seconds": sum(reply.get("overhead_seconds", 0.0) for reply in replies),
-        "round/outer_seconds": record.outer_seconds,
-        "layout/digest": record.layout.digest(),
-        "layout/absent_workers": list(record.absent),
-        "layout/moved_experts": record.moved_experts,
-        "layout/rehomed_experts": record.rehomed.moved if record.rehomed else 0,
-        "layout/rehomed_lower_bound": record.rehomed.lower_bound if record.rehomed else 0,
-    }
-
-
-def _eval_row(result: EvalReport) -> dict[str, Any]:
-    return {
-        "eval/loss": result.loss,
-        "eval/perplexity": result.perplexity,
-        "eval/bits_per_byte": result.bits_per_byte,
-        "eval/tokens": result.tokens,
-        **{f"eval/bits_per_byte/{k}": v for k, v in result.domain_bits_per_byte.items()},
-    }
 
 
 def serve(settings: Settings, make_grid: Callable[[RunDirectory], Grid]) -> bool:

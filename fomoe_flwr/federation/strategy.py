@@ -1,15 +1,19 @@
-"""The strategy: who gets what, what comes back, and what the server makes of it.
+"""The strategy: what happens in a round, from the choice of its layout to the outer step.
 
-A round sends every worker its own slice (shared parameters plus its residents), pulls the replies
-one by one in worker order, folds each into running means over holders and drops it, and takes the
-outer step. It evaluates, saves and prints nothing: the server hangs that on `on_round`.
+In every round the server
+
+1. chooses a layout: which worker holds which experts (`layouts`),
+2. sends every worker its own slice: the shared parameters and its residents (`tasks`),
+3. takes the replies one by one, checks each (`replies`) and folds it into running means,
+4. takes the outer step with these means.
+
+Nothing is evaluated, saved or printed here. The server does that in `on_round`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
 from typing import Any
 
@@ -21,19 +25,18 @@ from torch import Tensor
 
 from fomoe_flwr.aggregation.norm_limits import NormLimits
 from fomoe_flwr.aggregation.outer_step import OuterStep
+from fomoe_flwr.aggregation.round_means import RoundMeans
 from fomoe_flwr.config import Settings
-from fomoe_flwr.costs import expert_room, layout_context
 from fomoe_flwr.errors import RunError, one_line
 from fomoe_flwr.federation.accounting import open_ledger
-from fomoe_flwr.federation.attendance import Attendance
-from fomoe_flwr.federation.replies import ReplyReader, RoundMeans
+from fomoe_flwr.federation.layouts import Layouts
+from fomoe_flwr.federation.replies import ReplyReader
 from fomoe_flwr.federation.round_record import RoundRecord
-from fomoe_flwr.federation.round_state import Memory
+from fomoe_flwr.federation.round_state import RoundState
 from fomoe_flwr.federation.seats import POLL_SECONDS, RunIdentity, Seats, push
 from fomoe_flwr.federation.tasks import TaskWriter
 from fomoe_flwr.federation.waiting import Waiting
 from fomoe_flwr.federation.wire import WireError
-from fomoe_flwr.layout import Layout, Rehomed, check_layout, draw_layout, settle
 from fomoe_flwr.model.state import StateSpec
 
 
@@ -47,19 +50,19 @@ class FoMoEStrategy(Strategy):
     Parameters
     ----------
     settings, spec
-        The run's settings and the state's layout.
+        The run's settings, and which part of the state is shared and which belongs to experts.
     state
         Global weights by state key, fp32; updated in place.
     identity
-        Run key and tokenizer, handed to nodes when they are met.
+        The run's key and tokenizer, which every node gets when it joins.
     on_round
         Called after every round with its record.
     first_round
-        The round to begin with (resume: the checkpoint's plus one).
+        The round to begin with; in a resumed run the one after the checkpoint.
     keep_rounds
-        Rounds whose inner state workers must keep, asked before every round.
+        Asked before every round: the rounds whose inner state workers must keep.
     probe
-        [windows, tokens] ids for which every worker shall return its choices; None for none.
+        [windows, tokens] ids. Every worker returns which experts it chooses for them. May be None.
     """
 
     def __init__(
@@ -86,49 +89,9 @@ class FoMoEStrategy(Strategy):
         self._reader = ReplyReader(settings, spec, probe)
         self._ledger = open_ledger(settings)
         self._limits = NormLimits(settings.outer.clip_to_median)
-        layout = settings.layout
-        self._memory = Memory(
-            layout_context(settings), Attendance(layout.num_workers, layout.rehome_after)
-        )
-        self._round = RoundRecord(0, self.layout(max(1, first_round)))
         self._waiting = Waiting(settings.federation)
-
-    def layout(self, server_round: int) -> Layout:
-        """Return the layout of the round to come, should the workers be there that are expected.
-
-        A function of settings, seed, round, of who was there before and, where the kind of layout
-        asks for it, of what was measured.
-        """
-        return self._settle(server_round, self._memory.attendance.expected()).layout
-
-    def _settle(self, server_round: int, present: Collection[int]) -> Rehomed:
-        settings, context = self.settings.layout, self._memory.context
-        drawn = self._draw(server_round)
-        is_full = server_round <= settings.warm_rounds
-        try:
-            overlap = settings.num_workers if is_full else None
-            return settle(drawn, present, settings, context, overlap)
-        except ValueError as error:
-            # Its experts keep their value here until somebody can train them again.
-            log(WARNING, "round %s: experts of absent workers wait: %s", server_round, error)
-            return Rehomed(drawn, moved=0, lower_bound=0, short=0)
-
-    def _draw(self, server_round: int) -> Layout:
-        settings, model = self.settings, self.settings.model
-        if server_round <= settings.layout.warm_rounds:
-            return Layout.full(model.num_layers, model.num_experts, settings.layout.num_workers)
-        context = self._memory.context
-        if server_round == settings.layout.warm_rounds + 1:
-            # Where experts lay in full replicas is nothing to stay close to.
-            context = replace(context, previous=None)
-        return draw_layout(
-            settings.layout,
-            model.num_layers,
-            model.num_experts,
-            settings.seed,
-            server_round,
-            context,
-        )
+        self._adopt(RoundState.at_start(settings))
+        self._round: RoundRecord
 
     def summary(self) -> None:
         """Log what this strategy is about to do."""
@@ -155,10 +118,11 @@ class FoMoEStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds; the weights are those given at construction, updated in place.
+        """Run the rounds. The weights given at construction are updated in place.
 
-        Flower's own loop keeps every reply in memory and knows one ArrayRecord for all; this one
-        pulls replies singly. `initial_arrays` and the config records are not used.
+        Flower's own loop holds all replies of a round in memory and sends one ArrayRecord to all
+        workers. This loop pulls replies one at a time and sends each worker its own slice. It does
+        not use `initial_arrays` and the config records.
         """
         del initial_arrays, train_config, evaluate_config, evaluate_fn
         result = Result()
@@ -174,8 +138,8 @@ class FoMoEStrategy(Strategy):
         return result
 
     def _begin(self) -> None:
-        """See that those are there without whom the run cannot begin, and learn what they hold."""
-        attendance = self._memory.attendance
+        """Check that the run can begin with the workers that have a node."""
+        attendance = self.round_state.attendance
         expected = attendance.expected()
         missing = [worker for worker in self.seats.missing_workers() if worker in expected]
         needed = self.settings.federation.start_workers
@@ -183,28 +147,15 @@ class FoMoEStrategy(Strategy):
         if missing and not may_join:
             raise FederationError(self.seats.explain_missing(missing))
         attendance.leave(missing)
-        layout, model = self.settings.layout, self.settings.model
-        if layout.capacity_reported and not self._memory.context.room:
-            gib = [self.seats.capacity_gib[worker] for worker in range(layout.num_workers)]
-            context = replace(self._memory.context, room=expert_room(self.settings, gib))
-            check_layout(layout, model.num_layers, model.num_experts, context)
-            self._memory.context = context
-            log(INFO, "workers report %s GiB, room for %s experts of a layer", gib, context.room)
+        self.layouts.learn_room()
 
     def _run_round(
         self, server_round: int, grid: Grid, timeout: float | None
     ) -> MetricRecord | None:
         patience = timeout or self.settings.federation.round_timeout_seconds
-        messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
+        tasks = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         started, record = time.monotonic(), self._round
-        sent: dict[str, int] = {}
-        # One at a time, so that no two workers' experts are here at once.
-        for message in messages:
-            record.down.add(message.content)
-            sent |= push(grid, [message])
-            del message
-        self._waiting.begin({i: self.seats.worker_of_node[node] for i, node in sent.items()})
-        record.send_seconds = time.monotonic() - started
+        self._send(tasks, grid)
         replies = self._waiting.replies(grid, record, started + patience)
         self.aggregate_train(server_round, replies)
         return self.on_round(record)
@@ -212,22 +163,22 @@ class FoMoEStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Make one message per worker that has a node: shared parameters plus its residents.
+        """Choose the round's layout; write a task for every worker that takes part.
 
-        A worker that still works on a task of an earlier round is left alone: a task that waits
-        behind another one comes back late as well.
+        A worker that is still at a task of an earlier round gets none: it would begin this one
+        late and return it late, too.
         """
         del arrays, config
         nodes = self._gather_free(grid)
         started = time.monotonic()
-        busy = self._waiting.busy()
-        attendance, latecomers = self._memory.attendance, self._waiting.take_latecomers()
+        busy, latecomers = self._waiting.busy(), self._waiting.take_latecomers()
+        attendance = self.round_state.attendance
         attendance.welcome(latecomers)
-        present = attendance.present(server_round, {*nodes, *busy})
-        if len(nodes.keys() & set(present)) < self.settings.federation.min_workers:
-            # No rest for those who failed when there is no quorum without them.
-            attendance.welcome(nodes.keys() - set(present))
-        record = self._round = self._open_round(server_round, {*nodes, *busy})
+        attendance.ensure_quorum(
+            server_round, nodes.keys(), busy.keys(), self.settings.federation.min_workers
+        )
+        record = self._round = self.layouts.open_round(server_round, {*nodes, *busy})
+        record.late_replies = len(latecomers)
         for worker in record.absent:
             record.failures[worker] = "away after too many missed rounds"
         for worker in range(self.settings.layout.num_workers):
@@ -235,19 +186,18 @@ class FoMoEStrategy(Strategy):
                 record.failures[worker] = f"still at its task of round {busy[worker]}"
             elif worker not in nodes:
                 record.failures[worker] = "no node plays this worker"
-        record.late_replies = len(latecomers)
-        messages = self._tasks.write(
+        tasks = self._tasks.write(
             server_round,
             record.layout,
             {worker: node for worker, node in nodes.items() if worker in record.sent},
-            self._memory,
+            self.round_state,
             self.keep_rounds(),
         )
         record.configure_seconds = time.monotonic() - started
-        return messages
+        return tasks
 
     def _gather_free(self, grid: Grid) -> dict[int, int]:
-        """Meet nodes and return {worker: node} of those with no task; wait until they suffice."""
+        """Return {worker: node} of the workers without a task; wait until they are enough."""
         limits = self.settings.federation
         deadline = time.monotonic() + limits.round_timeout_seconds
         while True:
@@ -261,118 +211,50 @@ class FoMoEStrategy(Strategy):
                 return free
             time.sleep(POLL_SECONDS)
 
-    def _open_round(self, server_round: int, played: Collection[int]) -> RoundRecord:
-        """Settle who takes part and who holds what; say so where it is not as before."""
-        memory = self._memory
-        self._refresh_room(played)
-        present = memory.attendance.present(server_round, played)
-        rehomed = self._settle(server_round, present)
-        layout, before = rehomed.layout, memory.context.previous
-        absent = tuple(w for w in range(layout.num_workers) if w not in present)
-        if rehomed.moved:
-            log(
-                INFO,
-                "round %s: %s experts re-homed (lower bound %s, no room for %s), workers away: %s",
-                server_round,
-                rehomed.moved,
-                rehomed.lower_bound,
-                rehomed.short,
-                list(absent),
-            )
-        return RoundRecord(
-            server_round,
-            layout,
-            played=frozenset(played),
-            sent=frozenset(present).intersection(played),
-            absent=absent,
-            moved_experts=0 if before is None else layout.moved_from(before),
-            rehomed=rehomed,
-        )
-
-    def _refresh_room(self, played: Collection[int]) -> None:
-        """Learn anew what fits a worker that comes back: its node may be another one."""
-        context, away = self._memory.context, self._memory.attendance.missed
-        back = [worker for worker in played if worker in away]
-        if not self.settings.layout.capacity_reported or not back:
-            return
-        room = list(context.room)
-        for worker in back:
-            (room[worker],) = expert_room(self.settings, [self.seats.capacity_gib[worker]])
-        self._memory.context = replace(context, room=tuple(room))
+    def _send(self, tasks: Iterable[Message], grid: Grid) -> None:
+        started, record = time.monotonic(), self._round
+        sent: dict[str, int] = {}
+        # One at a time, so that the experts of two workers are never in memory together.
+        for task in tasks:
+            record.down.add(task.content)
+            sent |= push(grid, [task])
+            del task
+        self._waiting.begin({i: self.seats.worker_of_node[node] for i, node in sent.items()})
+        record.send_seconds = time.monotonic() - started
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold replies over holders as they come and take the outer step.
+        """Fold the replies as they come, then take the outer step.
 
         Raises FederationError when fewer than `federation.min_workers` replies can be used.
         """
-        started = time.monotonic()
-        record = self._round
         means = RoundMeans(self.settings, self.spec, server_round, self._limits)
+        self._fold_all(replies, means)
+        self._require_quorum()
+        self._step(means)
+        return None, None
+
+    def _fold_all(self, replies: Iterable[Message], means: RoundMeans) -> None:
+        """Fold every reply that can be used; note for all other workers why theirs is left out."""
+        started, record = time.monotonic(), self._round
         for message in replies:
             worker = self._waiting.sent.get(message.metadata.reply_to_message_id, -1)
             if worker in record.replies or worker < 0:
                 continue
             try:
-                self._take(message, worker, means)
+                self._fold(message, worker, means)
             except WireError as error:
                 record.failures[worker] = one_line(error)
         for worker in range(self.settings.layout.num_workers):
             if worker not in record.replies:
                 record.failures.setdefault(worker, "no reply before the round's deadline")
         for worker, reason in sorted(record.failures.items()):
-            log(WARNING, "round %s: worker %s left out: %s", server_round, worker, reason)
+            log(WARNING, "round %s: worker %s left out: %s", record.server_round, worker, reason)
         record.train_seconds = time.monotonic() - started
-        needed = self.settings.federation.min_workers
-        if len(record.replies) < needed:
-            reasons = "; ".join(f"worker {w}: {why}" for w, why in sorted(record.failures.items()))
-            raise FederationError(
-                f"round {server_round}: {len(record.replies)} of "
-                f"{self.settings.layout.num_workers} workers replied, "
-                f"federation.min_workers={needed} are needed ({reasons})"
-            )
-        started = time.monotonic()
-        record.missing_experts = len(means.gradient.missing_experts())
-        record.disagreement = means.gradient.disagreement()
-        record.copies = means.gradient.expert_count
-        means.step(self.outer, self.state)
-        self._limits.close_round()
-        if server_round > 1:
-            record.rejoined = set(record.replies) - self._memory.current
-        if self._ledger is not None:
-            record.epsilon = self._ledger.spend()
-        self._memory.note(self.settings.layout, record)
-        record.outer_seconds = time.monotonic() - started
-        return None, None
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Send nothing: the assembled global model is evaluated where it is, on the server."""
-        return []
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Return nothing: workers do not evaluate."""
-        return None
-
-    def memory(self) -> dict[str, Any]:
-        """Return what the strategy remembers between rounds, JSON-able, for a checkpoint."""
-        ledger = None if self._ledger is None else self._ledger.to_json()
-        limits = self._limits.to_json()
-        return {**self._memory.to_json(), "privacy": ledger, "norm_limits": limits}
-
-    def remember(self, memory: Mapping[str, Any]) -> None:
-        """Take the memory of a checkpoint."""
-        self._memory = Memory.from_json(memory, self.settings.layout)
-        self._limits.restore(memory["norm_limits"])
-        if self._ledger is not None:
-            self._ledger.restore(memory["privacy"])
-
-    def _take(self, message: Message, worker: int, means: RoundMeans) -> None:
-        """Read a reply, then fold it; what cannot be read changes nothing. Raises WireError."""
+    def _fold(self, message: Message, worker: int, means: RoundMeans) -> None:
+        """Check a whole reply, then fold it. Raises WireError before anything is changed."""
         started, record = time.monotonic(), self._round
         if message.has_content():
             record.up.add(message.content)
@@ -382,3 +264,57 @@ class FoMoEStrategy(Strategy):
             log(WARNING, "round %s: worker %s is too large and scaled", record.server_round, worker)
         record.take(worker, reply)
         record.fold_seconds += time.monotonic() - started
+
+    def _require_quorum(self) -> None:
+        record, needed = self._round, self.settings.federation.min_workers
+        if len(record.replies) < needed:
+            reasons = "; ".join(f"worker {w}: {why}" for w, why in sorted(record.failures.items()))
+            raise FederationError(
+                f"round {record.server_round}: {len(record.replies)} of "
+                f"{self.settings.layout.num_workers} workers replied, "
+                f"federation.min_workers={needed} are needed ({reasons})"
+            )
+
+    def _step(self, means: RoundMeans) -> None:
+        """Take the outer step and note what the next round depends on."""
+        started, record = time.monotonic(), self._round
+        record.missing_experts = len(means.gradient.missing_experts())
+        record.disagreement = means.gradient.disagreement()
+        record.copies = means.gradient.expert_count
+        means.step(self.outer, self.state)
+        self._limits.close_round()
+        if record.server_round > 1:
+            record.rejoined = set(record.replies) - self.round_state.current
+        if self._ledger is not None:
+            record.epsilon = self._ledger.spend()
+        self.round_state.note(self.settings.layout, record)
+        record.outer_seconds = time.monotonic() - started
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return nothing: the server evaluates the assembled model itself."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return nothing: workers do not evaluate."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next round depends on besides tensors, JSON-able, for a checkpoint."""
+        ledger = None if self._ledger is None else self._ledger.to_json()
+        limits = self._limits.to_json()
+        return {**self.round_state.to_json(), "privacy": ledger, "norm_limits": limits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        self._adopt(RoundState.from_json(state, self.settings.layout))
+        self._limits.restore(state["norm_limits"])
+        if self._ledger is not None:
+            self._ledger.restore(state["privacy"])
+
+    def _adopt(self, round_state: RoundState) -> None:
+        self.round_state = round_state
+        self.layouts = Layouts(self.settings, round_state, self.seats.capacity_gib)

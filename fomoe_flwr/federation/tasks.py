@@ -1,4 +1,4 @@
-"""Tasks: what the server sends at the beginning of a round, to every worker its own slice."""
+"""Tasks: what the server sends at the beginning of a round. Every worker gets its own slice."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.codecs.vectors import seed_of
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import wire
-from fomoe_flwr.federation.round_state import Memory
+from fomoe_flwr.federation.round_state import RoundState
 from fomoe_flwr.federation.seats import RunIdentity
-from fomoe_flwr.federation.wire import TaskHeader
+from fomoe_flwr.federation.task_header import TaskHeader
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.parameters.fragments import fragment_of_round, moments_of_round
@@ -43,19 +43,19 @@ class TaskWriter:
         server_round: int,
         layout: Layout,
         nodes: Mapping[int, int],
-        memory: Memory,
+        round_state: RoundState,
         keep_rounds: Sequence[int],
     ) -> Iterator[Message]:
-        """Make one message for each worker in `nodes` (worker -> node), in worker order.
+        """Yield one message for each worker in `nodes` (worker -> node), in worker order.
 
-        Each is made when it is asked for, so that whoever lets go of one before asking for the next
-        holds the shared part and the experts of one worker. `keep_rounds` are the rounds whose
-        inner state workers must keep.
+        Each message is made when it is asked for. A caller that drops it before asking for the
+        next one holds the shared part and the experts of one worker, never of two. `keep_rounds`
+        are the rounds whose inner state workers must keep.
         """
-        # One encoded vector for all workers that get the same part: it is uploaded once.
+        # Workers that get the same part share one encoded vector, so it is uploaded once.
         shared: dict[tuple[int, str], Array] = {}
         for worker in sorted(nodes):
-            content = self._content(worker, server_round, layout, memory, keep_rounds, shared)
+            content = self._content(worker, server_round, layout, round_state, keep_rounds, shared)
             ttl = self.settings.federation.round_timeout_seconds
             message = Message(content, nodes[worker], MessageType.TRAIN, ttl=ttl)
             del content
@@ -67,13 +67,13 @@ class TaskWriter:
         worker: int,
         server_round: int,
         layout: Layout,
-        memory: Memory,
+        round_state: RoundState,
         keep_rounds: Sequence[int],
         shared: dict[tuple[int, str], Array],
     ) -> RecordDict:
-        """Write one task; vectors that are missing from `shared` are put there."""
+        """Write one task; encode the shared vectors that `shared` does not have yet."""
         down, residents = self.settings.wire.codecs_down, layout.of_worker(worker)
-        fragment = self._fragment_for(worker, server_round, layout, memory)
+        fragment = self._fragment_for(worker, server_round, layout, round_state)
         carried = self._moments_for(fragment, server_round)
         header = TaskHeader(
             settings=self.settings.to_dict(),
@@ -88,12 +88,12 @@ class TaskWriter:
             fragment=fragment,
             moments=list(carried),
             pooled_share=(
-                memory.pooled_share() if self.settings.balance.form == "global" else None
+                round_state.pooled_share() if self.settings.balance.form == "global" else None
             ),
             probe=[] if self.probe is None else self.probe.tolist(),
         )
         content = RecordDict({wire.TASK: header.record()})
-        part = self._part(fragment)
+        part = self.spec.fragment(fragment, self.settings.outer.fragments)
         for name, values in {wire.WEIGHTS: self.state, **carried}.items():
             spec = part if name == wire.WEIGHTS else part.parameters()
             if (fragment, name) not in shared:
@@ -106,29 +106,27 @@ class TaskWriter:
             content[name] = wire.arrays_of(shared[fragment, name], experts)
         return content
 
-    def _part(self, fragment: int) -> StateSpec:
-        if fragment < 0:
-            return self.spec
-        return self.spec.fragment(fragment, self.settings.outer.fragments)
+    def _fragment_for(
+        self, worker: int, server_round: int, layout: Layout, round_state: RoundState
+    ) -> int:
+        """Return the fragment that a worker needs, or -1 where it needs its whole slice.
 
-    def _fragment_for(self, worker: int, server_round: int, layout: Layout, memory: Memory) -> int:
-        """Return the fragment that a worker lacks, or -1 where it needs its whole slice.
-
-        A worker whose reply counted has the rest on its disk, as long as its residents stay.
+        A worker whose last reply counted needs only the fragment that was synchronised then. Its
+        disk has the rest, provided that its residents are the same.
         """
-        outer, before = self.settings.outer, memory.context.previous
-        if outer.fragments == 1 or server_round == 1 or worker not in memory.current:
+        outer, before = self.settings.outer, round_state.context.previous
+        if outer.fragments == 1 or server_round == 1 or worker not in round_state.current:
             return -1
         if before is None or before.of_worker(worker) != layout.of_worker(worker):
             return -1
         return fragment_of_round(outer, server_round - 1)
 
     def _moments_for(self, fragment: int, server_round: int) -> dict[str, State]:
-        """Return the moments that were averaged at the end of the round before."""
+        """Return the moments that the round before averaged, in the part that this task carries."""
         if server_round == 1:
             return {}
         names = moments_of_round(self.settings.outer, server_round - 1)
-        part = self._part(fragment)
+        part = self.spec.fragment(fragment, self.settings.outer.fragments)
         wanted = [entry.key for entry in (*part.shared, *part.expert) if entry.is_parameter]
         return {
             name: self.outer.moments[name]

@@ -1,4 +1,4 @@
-"""Waiting for replies: in worker order or, with a grace period, as they come; and for late ones."""
+"""Waiting for replies: those of this round, and late ones of rounds before."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Waiting:
         """Yield replies, one in memory at a time, until the round closes.
 
         It closes when everybody has answered, at `deadline` (monotonic seconds), or
-        `federation.grace_seconds` after `federation.min_workers` replies were folded. Only without
-        a grace period do replies come in worker order, whoever was first: to know that a quorum is
-        there, they must be pulled as they come.
+        `federation.grace_seconds` after `federation.min_workers` replies were folded. Without a
+        grace period replies are yielded in worker order, whoever was first. With one they are
+        yielded as they come, so that the server learns when the quorum is there.
         """
         waiting, in_order = dict(self.sent), not self.limits.grace_seconds
         is_over = False
         while waiting and not is_over:
-            # At the deadline everybody is asked once more: the last may have answered long ago.
+            # At the deadline all are asked once more: the last in order may have answered long ago.
             is_over = time.monotonic() >= deadline
             num_arrived = 0
             for message_id in list(waiting)[: 1 if in_order and not is_over else None]:
@@ -64,7 +64,7 @@ class Waiting:
         self._late |= {i: (worker, record.server_round) for i, worker in waiting.items()}
 
     def drop_late(self, grid: Grid) -> None:
-        """Recognise replies to tasks of closed rounds; count them and let them go."""
+        """Pull replies to tasks of closed rounds, note whose they are, and drop them."""
         if time.monotonic() - self._looked < _LATE_POLL_SECONDS:
             return
         self._looked = time.monotonic()
@@ -76,7 +76,7 @@ class Waiting:
                     log(INFO, "worker %s answered round %s too late", worker, server_round)
 
     def take_latecomers(self) -> list[int]:
-        """Return the workers of the late replies since this was asked last."""
+        """Return the workers whose late replies came since the last call."""
         latecomers, self._latecomers = self._latecomers, []
         return latecomers
 
@@ -85,6 +85,6 @@ class Waiting:
         return dict(self._late.values())
 
     def forget(self, workers: Iterable[int]) -> None:
-        """Wait no longer for what these workers were asked: other nodes play them now."""
+        """Stop waiting for late replies of these workers: other nodes play them now."""
         gone = set(workers)
         self._late = {i: late for i, late in self._late.items() if late[0] not in gone}

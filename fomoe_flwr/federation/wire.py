@@ -1,8 +1,8 @@
-"""What travels: flat vectors as Flower arrays, and the records of each message.
+"""What travels: flat vectors as Flower arrays, the records of each message, and their bytes.
 
-Arrays carry a codec's bytes under our own serialization type, never a pickle and never a NumPy
-header, so payload bytes are exactly what the codec says of so many numbers and the cost model can
-be held to them. Everything read from a peer is checked before use.
+An array carries a codec's bytes under a serialization type of our own: no pickle, no NumPy header.
+So payload bytes are exactly those that the codec and the cost model name for so many numbers.
+Everything read from a peer is checked before use.
 """
 
 from __future__ import annotations
@@ -13,43 +13,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fomoe_flwr.codecs import vectors as codecs
 from fomoe_flwr.codecs.errors import CodecError
 from fomoe_flwr.codecs.sizes import Codec, CodecPair
-from fomoe_flwr.model.router_probe import RoutingCounts
-from fomoe_flwr.parameters.fragments import MOMENTS
+from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 
 STYPE = "fomoe.flat"
 KINDS = ("shared", "experts", "moments", "overhead")
-"""What bytes are counted by."""
+"""Kinds by which bytes are counted."""
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 Seed = Callable[[str], int]
-"""From the name of a vector to the seed of what is rounded by chance in it."""
+"""Maps the name of a vector to the seed of its stochastic rounding."""
 
-WEIGHTS, PSEUDO_GRADIENT, TASK, METRICS, SETUP = (
-    "weights",
-    "pseudo_gradient",
-    "task",
-    "metrics",
-    "setup",
-)
+WEIGHTS, TASK, METRICS, SETUP = "weights", "task", "metrics", "setup"
 VECTORS = ("shared", "experts")
 
 
 class WireError(ValueError):
-    """A message that does not say what the protocol needs; the text names the reason."""
+    """A message that breaks the protocol; the text names the reason."""
 
 
 def encode(vector: Tensor, codec: Codec | str, seed: int = 0) -> Array:
     """Turn a flat fp32 vector into an array; a name stands for the codec with its defaults.
 
-    `seed` decides what a codec rounds by chance.
+    `seed` is that of the codec's stochastic rounding.
     """
     codec = Codec(codec) if isinstance(codec, str) else codec
     data = codecs.encode(vector, codec, seed)
@@ -85,7 +77,7 @@ def encode_pair(
 
 
 def arrays_of(shared: Array, experts: Array) -> ArrayRecord:
-    """Bundle the two vectors; the same `shared` object may go to every node and is sent once."""
+    """Bundle two arrays. A `shared` object that goes to several nodes is uploaded once."""
     record = ArrayRecord()
     record["shared"] = shared
     record["experts"] = experts
@@ -120,7 +112,7 @@ def payload_bytes(content: RecordDict) -> int:
 class Traffic:
     """Bytes of one direction, by what they carry.
 
-    `overhead` is the text of tasks and metrics; the platform's own framing comes on top of all.
+    `overhead` is the text of tasks and metrics. The platform's own framing is not counted.
     """
 
     by_kind: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
@@ -142,166 +134,6 @@ class Traffic:
                 self.by_kind["overhead"] += sum(map(len, texts))
             else:
                 self.by_kind["overhead"] += sum(len(key) + 8 for key in record)
-
-
-@dataclass(frozen=True)
-class TaskHeader:
-    """The words that go with the numbers, in both directions."""
-
-    settings: Mapping[str, Any]
-    spec_digest: str
-    tokenizer_digest: str
-    run_key: str
-    worker: int
-    server_round: int
-    layout_digest: str
-    residents: Sequence[Sequence[int]]
-    keep_rounds: Sequence[int]
-    fragment: int
-    """The fragment that the vectors carry; -1 is the whole slice."""
-    moments: Sequence[str]
-    """Names of the averaged moments that come along."""
-    pooled_share: Sequence[Sequence[float]] | None
-    """[num_layers][num_experts] shares of assignments of the round before, where wanted."""
-    probe: Sequence[Sequence[int]]
-    """[windows][tokens] ids for which the trained model's choices are wanted; empty for none."""
-
-    def record(self) -> ConfigRecord:
-        """Pack into a record."""
-        return ConfigRecord({"json": json.dumps(self.__dict__)})
-
-    @classmethod
-    def read(cls, content: RecordDict) -> TaskHeader:
-        """Unpack and check types. Raises WireError."""
-        fields = json_in(content, TASK)
-        try:
-            header = cls(**fields)
-        except TypeError as error:
-            raise WireError(f"task header is malformed: {error}") from error
-        for name in ("spec_digest", "tokenizer_digest", "run_key", "layout_digest"):
-            _expect(name, isinstance(fields[name], str), "a string")
-        for name in ("worker", "server_round"):
-            _expect(name, _is_count(fields[name]), "an integer >= 0")
-        _expect("settings", isinstance(header.settings, dict), "an object")
-        _expect("keep_rounds", _are_counts(header.keep_rounds), "a list of integers >= 0")
-        residents = header.residents
-        _expect(
-            "residents",
-            isinstance(residents, list) and all(_are_counts(layer) for layer in residents),
-            "a list of lists of integers >= 0",
-        )
-        _expect("fragment", type(header.fragment) is int and header.fragment >= -1, "-1 or more")
-        known = isinstance(header.moments, list) and set(map(str, header.moments)) <= set(MOMENTS)
-        _expect("moments", known, f"a list of {', '.join(MOMENTS)}")
-        _expect(
-            "pooled_share",
-            _are_shares(header.pooled_share),
-            "null or a table of numbers from 0 to 1",
-        )
-        _expect(
-            "probe",
-            isinstance(header.probe, list)
-            and all(_are_counts(window) and len(window) > 0 for window in header.probe)
-            and len(set(map(len, header.probe))) <= 1,
-            "a table of integers >= 0",
-        )
-        return cls(**{**fields, "residents": tuple(tuple(layer) for layer in residents)})
-
-
-def counts_in(fields: Mapping[str, Any], num_layers: int, num_experts: int) -> RoutingCounts:
-    """Read the routing counts of a reply. Raises WireError."""
-    load, ghosts, all_ghost = (fields.get(key) for key in ("load", "ghosts", "all_ghost"))
-    right = (
-        isinstance(load, list)
-        and len(load) == num_layers
-        and all(_is_row(row, num_experts) for row in load)
-        and _is_row(ghosts, num_layers)
-        and _is_row(all_ghost, num_layers)
-        and _is_count(fields.get("routed_tokens"))
-    )
-    if not right:
-        raise WireError(
-            f"routing counts must be tables of integers >= 0, {num_layers} layers by "
-            f"{num_experts} experts"
-        )
-    return RoutingCounts(
-        torch.tensor(load),
-        torch.tensor(ghosts),
-        torch.tensor(all_ghost),
-        int(fields["routed_tokens"]),
-    )
-
-
-def counts_fields(counts: RoutingCounts) -> dict[str, Any]:
-    """Return routing counts as JSON-able fields."""
-    return {
-        "load": counts.load.tolist(),
-        "ghosts": counts.ghosts.tolist(),
-        "all_ghost": counts.all_ghost.tolist(),
-        "routed_tokens": counts.tokens,
-    }
-
-
-def choices_in(
-    fields: Mapping[str, Any], num_layers: int, num_tokens: int, top_k: int, num_experts: int
-) -> Tensor:
-    """Read the choices of a reply, [num_layers, num_tokens, top_k]. Raises WireError.
-
-    Ids are global; `num_experts` stands for no choice.
-    """
-    choices = fields.get("choices")
-    right = (
-        isinstance(choices, list)
-        and len(choices) == num_layers
-        and all(_is_row(row, num_tokens * top_k) and max(row) <= num_experts for row in choices)
-    )
-    if not right:
-        raise WireError(
-            f"choices must be {num_layers} lists (layers) of {num_tokens} * {top_k} integers from "
-            f"0 to {num_experts}"
-        )
-    return torch.tensor(choices).view(num_layers, num_tokens, top_k)
-
-
-def choices_fields(choices: Tensor) -> dict[str, Any]:
-    """Return choices as a JSON-able field."""
-    return {"choices": choices.flatten(1).tolist()}
-
-
-def _record(content: RecordDict, name: str, kind: type[Record]) -> Record | None:
-    # Flower's own views (`content.array_records` and its like) tie a message into a cycle of
-    # references: a gigabyte would stay until Python's collector comes by.
-    record = content.get(name)
-    return record if isinstance(record, kind) else None
-
-
-def _is_row(value: Any, length: int) -> bool:
-    return _are_counts(value) and len(value) == length
-
-
-def _are_shares(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, list)
-        and all(
-            isinstance(row, list)
-            and all(isinstance(item, int | float) and 0 <= item <= 1 for item in row)
-            for row in value
-        )
-    )
-
-
-def _expect(name: str, is_right: bool, wanted: str) -> None:
-    if not is_right:
-        raise WireError(f"task header is malformed: {name} must be {wanted}")
-
-
-def _is_count(value: Any) -> bool:
-    # JSON's numbers have no end, a tensor's have; and counts are added up.
-    return type(value) is int and 0 <= value < 2**53
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_count(item) for item in value)
 
 
 def json_record(fields: Mapping[str, Any]) -> ConfigRecord:
@@ -340,3 +172,21 @@ def metrics_in(content: RecordDict, required: Sequence[str]) -> dict[str, float]
 def metrics_record(metrics: Mapping[str, float]) -> MetricRecord:
     """Pack scalar metrics into a record."""
     return MetricRecord(dict(metrics))
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a JSON value is an integer that a tensor can hold, and at least 0."""
+    # JSON's integers have no upper end, a tensor's have; and counts are added up.
+    return type(value) is int and 0 <= value < 2**53
+
+
+def are_counts(value: Any) -> bool:
+    """Return whether a JSON value is a list of counts; see `is_count`."""
+    return isinstance(value, list) and all(is_count(item) for item in value)
+
+
+def _record(content: RecordDict, name: str, kind: type[Record]) -> Record | None:
+    # Flower's own views (`content.array_records` and its like) tie a message into a cycle of
+    # references, and its bytes, maybe a gigabyte, would stay until Python's collector runs.
+    record = content.get(name)
+    return record if isinstance(record, kind) else None

@@ -10,8 +10,9 @@ from fomoe_flwr.layout.context import Load, check_load
 from fomoe_flwr.layout.table import Layout
 
 _LAYER_SHARE = 0.25
-"""Part of a layer's own gap in what a swap narrows. With less, sums get no more even but layers
-less so; with more, sums are less even and more experts move (measured on Zipf loads)."""
+"""How much a layer's own gap counts beside the gap of the sums over layers. A smaller share makes
+layers less even and sums no more even. A larger one makes sums less even and moves more experts.
+Measured on Zipf loads."""
 
 
 def worker_loads(layout: Layout, load: Load) -> list[float]:
@@ -27,8 +28,9 @@ def worker_loads(layout: Layout, load: Load) -> list[float]:
 def load_lower_bound(layout: Layout, load: Load) -> float:
     """Return what the busiest worker carries at least, however residents are swapped.
 
-    The greater of the mean and of what the pigeonhole principle says: of the k heaviest experts of
-    a layer, some worker holds its share, rounded up, and otherwise at best the lightest ones.
+    It is the greater of two bounds. One is the mean. The other is the pigeonhole principle: some
+    worker holds its share, rounded up, of the k heaviest experts of a layer; its other residents
+    are at best the lightest ones.
     """
     check_load(load, layout.num_layers, layout.num_experts)
     present = [w for w in range(layout.num_workers) if any(layout.of_worker(w))]
@@ -53,12 +55,12 @@ def load_lower_bound(layout: Layout, load: Load) -> float:
 def even_out(layers: list[list[set[int]]], load: Load, tolerance: float) -> None:
     """Swap residents until no swap makes workers more even, in place ([layer][worker] -> experts).
 
-    A swap trades one expert of a layer for another between two workers, so holders and numbers of
-    residents stay as they are. It is made if it narrows the gap between the two by more than
-    `tolerance` times the mean load of a worker in a layer; swaps that narrow it most come first, so
-    that few experts move. The gap is that of the sums over all layers, for which the round waits,
-    and for a small part that of the layer, so that every worker trains on its share of tokens in
-    each. The sum of squares of both falls with every swap, so the swaps come to an end.
+    Two workers swap one expert of a layer for another, so holders and numbers of residents stay as
+    they are. A swap is made if it narrows the gap between the two by more than `tolerance` times
+    the mean load of a worker in a layer. Swaps that narrow it most come first, so that few experts
+    move. The gap is mostly that of the sums over all layers, because the round waits for the
+    largest sum. A small part of it is the layer's own, so that every worker gets its share of
+    tokens in each layer. Every swap lowers the sum of squares of both, so the swaps come to an end.
     """
     loads = [
         [float(sum(counts[expert] for expert in held)) for held in workers]

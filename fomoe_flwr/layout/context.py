@@ -74,6 +74,10 @@ NO_CONTEXT = LayoutContext()
 """Before anything was measured: the first round, and the cost model."""
 
 
+MOVING_KINDS = ("random", "rolling", "balanced")
+"""Values of `layout.kind` that are drawn anew every `layout.reshuffle_every` rounds."""
+
+
 def begins_period(settings: LayoutSettings, server_round: int) -> bool:
     """Tell whether a round is the first of its `reshuffle_every` rounds."""
     return (server_round - 1) % settings.reshuffle_every == 0

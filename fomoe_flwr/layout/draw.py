@@ -7,7 +7,13 @@ from random import Random
 
 from fomoe_flwr.config import LayoutSettings, SettingsError
 from fomoe_flwr.layout.balance import even_out
-from fomoe_flwr.layout.context import NO_CONTEXT, LayoutContext, begins_period, check_load
+from fomoe_flwr.layout.context import (
+    MOVING_KINDS,
+    NO_CONTEXT,
+    LayoutContext,
+    begins_period,
+    check_load,
+)
 from fomoe_flwr.layout.explicit import read_layout
 from fomoe_flwr.layout.ring import arcs, even_ring, trade, worker_order
 from fomoe_flwr.layout.shares import check_even_shares, unequal_shares
@@ -15,8 +21,6 @@ from fomoe_flwr.layout.table import Layout
 
 _Sets = list[list[set[int]]]
 """[layer][worker] -> experts."""
-
-_MOVING = ("random", "rolling", "balanced")
 
 
 def check_layout(
@@ -54,29 +58,33 @@ def draw_layout(
 ) -> Layout:
     """Draw the layout of a round (rounds count from 1); the same arguments give the same layout.
 
-    `fixed` is a ring: the experts of a layer form one block for each worker, and the workers that
-    hold a block are `overlap` neighbours on a ring. Islands (groups of workers with the same
-    residents) would satisfy the constraints too and show every expert as much data, but the experts
-    of an island only ever train beside one another: the islands would drift into separate smaller
-    models that first meet at evaluation. On a ring every block trains beside other blocks on each
-    of its holders, so what experts expect of one another is passed on to all. With
-    `layout.draw=per_layer` every layer orders its ring anew, so that over the depth of the model a
-    worker has everybody as neighbour; with `same` it has the same few in all layers.
+    - `fixed` is a ring. The experts of a layer form one block for each worker, and `overlap`
+      neighbours on the ring hold a block.
+    - `weighted` is a ring of unequal arcs.
+    - `random` draws from all layouts that satisfy the constraints.
+    - `rolling` (FedRolex) advances every arc by `roll_by` experts. After a full turn every worker
+      has held every expert equally often.
+    - `balanced` begins as a ring. It swaps as few experts as make the workers' loads in
+      `context.load` even.
+    - `explicit` is read from `layout.path`.
 
-    `weighted` is a ring of unequal arcs. The other kinds move every `reshuffle_every` rounds:
-    `random` draws from all layouts that satisfy the constraints; `rolling` (FedRolex) advances
-    every arc by `roll_by` experts, so that after a full turn every worker held every expert
-    equally often; `balanced` begins as a ring and swaps as few experts as make the workers' loads
-    in `context.load` even. `explicit` is read from `layout.path`. At `overlap == num_workers`
-    everybody holds everything, whatever the kind.
+    At `overlap == num_workers` everybody holds everything, whatever the kind.
 
-    Between moves `context.previous` stays, where given: also after `rehome`, and if the file has
-    changed. Raises SettingsError for settings that admit no layout, ValueError for a round below 1
-    and for a context of another model.
+    Why a ring: islands (groups of workers with the same residents) would satisfy the constraints
+    too, and would show every expert as much data. But the experts of an island would train beside
+    one another only. The islands would become separate smaller models that first meet at
+    evaluation. On a ring every block trains beside other blocks on each of its holders. With
+    `layout.draw=per_layer` every layer orders its ring anew, so over the depth of the model a
+    worker has everybody as neighbour. With `same` it has the same few in all layers.
+
+    The kinds of `MOVING_KINDS` move every `reshuffle_every` rounds. Between moves
+    `context.previous` stays, if it is given: also after `rehome`, and if the file has changed.
+    Raises SettingsError for settings that admit no layout, ValueError for a round below 1 and for a
+    context of another model.
     """
     if server_round < 1:
         raise ValueError(f"server_round={server_round}: rounds count from 1")
-    previous, moves = context.previous, settings.kind in _MOVING
+    previous, moves = context.previous, settings.kind in MOVING_KINDS
     if previous and (previous.num_layers, previous.num_experts) != (num_layers, num_experts):
         raise ValueError("the previous layout is one of another model")
     if previous and server_round > 1 and not (moves and begins_period(settings, server_round)):
@@ -145,7 +153,7 @@ def _check_keys(settings: LayoutSettings) -> None:
         if getattr(settings, key) and kind in ("fixed", "explicit"):
             raise SettingsError(
                 f"layout.{key} has no meaning for layout.kind={kind}: use layout.kind=weighted "
-                f"(or {', '.join(_MOVING)})"
+                f"(or {', '.join(MOVING_KINDS)})"
             )
     given = [
         f"layout.{key}"

@@ -45,9 +45,10 @@ def even_ring(order: Sequence[int], num_experts: int, overlap: int) -> list[set[
 def arcs(order: Sequence[int], counts: Sequence[int], num_experts: int) -> list[set[int]]:
     """Give each worker an arc of `counts[worker]` consecutive experts; return [worker] -> experts.
 
-    Laid end to end, the arcs go round the ring of experts a whole number of times (the overlap),
-    so every expert has as many holders. Where an arc ends just where the first began, the next one
-    starts a fraction of an arc further on: otherwise the workers before and after would be islands.
+    Laid end to end, the arcs go round the ring of experts a whole number of times. That number is
+    the overlap, so every expert has as many holders. Where an arc ends just where the first began,
+    the next one starts a fraction of an arc further on. Otherwise the workers before it and after
+    it would be islands (see `draw_layout`).
     """
     ends, at = [], 0
     for worker in order:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.config import ModelSettings, RoutingMode
 from fomoe_flwr.errors import InputError
 from fomoe_flwr.model.experts import IMPLEMENTATION, register
 from fomoe_flwr.model.families import FAMILIES
-from fomoe_flwr.parameters.keys import RoutingMode, is_expert_key, layer_of
+from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 
 Residents = Sequence[Sequence[int]]
 """For every layer the sorted ids of the experts that are held."""

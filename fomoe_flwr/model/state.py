@@ -82,8 +82,8 @@ class StateSpec:
         return cls(tuple(shared), tuple(expert), settings.num_layers, settings.num_experts)
 
     def fragment(self, fragment: int, num_fragments: int) -> StateSpec:
-        """Return the part of the state that one fragment carries; see `synchronisation`."""
-        if num_fragments == 1:
+        """Return what one fragment carries, -1 being the whole; see `parameters.fragments`."""
+        if num_fragments == 1 or fragment < 0:
             return self
         shared = []
         for entry in self.shared:

@@ -1,9 +1,10 @@
 """CompleteP (arXiv 2505.01618): what a wider and deeper model multiplies its proxy's settings by.
 
-The rules are those that the paper's authors coded, `research/fomoe.md` section 5.4: m_d and m_L are
-width and depth over the proxy's. Theirs names no group for experts and router; here experts are
-hidden matrices and the router is an output matrix (arXiv 2508.09752). What the model itself
-multiplies (logits, branches, initialisation) stands in `model.fomoe`.
+m_d and m_L are the model's width and depth over those of its proxy. The rules are those of the code
+that FoMoE's authors train with (their fork of LLM Foundry, github.com/relogu/llm-foundry, commit
+ab08c44). That code names no group for experts and router. Here experts are hidden matrices, and the
+router is an output matrix (arXiv 2508.09752). `model.fomoe` has the multipliers of logits, branches
+and initialisation.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Multipliers:
 def multipliers(key: str, width: float, depth: float, alpha: float = 1.0) -> Multipliers:
     """Return the factors of the parameter `key` for m_d = `width` and m_L = `depth`.
 
-    Epsilon shrinks for every parameter alike, as in the authors' code; the CompleteP paper spares
-    embedding and output the depth's part.
+    Epsilon shrinks alike for every parameter, as in the authors' code. The CompleteP paper does not
+    shrink it with depth for embedding and output.
     """
     eps = depth**-alpha / width
     if not has_layer(key):

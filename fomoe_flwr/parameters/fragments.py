@@ -11,6 +11,8 @@ from __future__ import annotations
 from fomoe_flwr.config import OuterSettings
 from fomoe_flwr.parameters.keys import has_layer, layer_of
 
+PSEUDO_GRADIENT = "pseudo_gradient"
+"""Name of the vectors that every reply carries: global minus local weights."""
 FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 """Names of Adam's moments, torch's own."""

@@ -1,4 +1,4 @@
-"""The routing mode, and the one rule that says which parameters it makes shared.
+"""What a parameter's name says: its layer, whether it is a router's, whether it is shared.
 
 Layout, model, wire and cost model all ask `is_expert_key`; no other place knows the answer.
 """
@@ -6,18 +6,8 @@ Layout, model, wire and cost model all ask `is_expert_key`; no other place knows
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 
-
-class RoutingMode(StrEnum):
-    """How a worker's router treats experts that the worker does not hold (paper section 3.2)."""
-
-    SKIP_TOKEN = "skip_token"
-    """Full router on every worker, top-k over all experts; a chosen ghost adds nothing."""
-
-    PARTITIONED = "partitioned"
-    """Router rows travel with their experts, top-k over the residents only."""
-
+from fomoe_flwr.config import RoutingMode
 
 _EXPERT_KEY = re.compile(r"\.layers\.(\d+)\.(?:\w+\.)?experts\.")
 _ROUTER_KEY = re.compile(r"\.layers\.(\d+)\.(?:\w+\.)?(?:gate|router)\.")

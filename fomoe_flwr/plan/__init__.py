@@ -1,30 +1,11 @@
 """The planner: from sites and a model to workers, overlap, layout and local steps.
 
-It minimises the time to a token budget within the memory of the sites. What it cannot know is how
-well a choice trains: quality enters only through bounds, whose defaults come from the paper's
-tables. Pure: no torch, no Flower.
+It minimises the time to a token budget within the memory of the sites. It cannot know how well a
+choice trains. Quality enters only through bounds, whose defaults come from the paper's tables.
+Pure: no torch, no Flower.
 """
 
 from fomoe_flwr.plan.candidate import Candidate, Unfit, fit
 from fomoe_flwr.plan.document import plan_json, plan_overrides, plan_toml, plan_yaml, show_plan
 from fomoe_flwr.plan.search import Alternative, Bounds, Plan, default_overlap, make_plan
 from fomoe_flwr.plan.sites import NamedSite, Sites, read_sites
-
-__all__ = [
-    "Alternative",
-    "Bounds",
-    "Candidate",
-    "NamedSite",
-    "Plan",
-    "Sites",
-    "Unfit",
-    "default_overlap",
-    "fit",
-    "make_plan",
-    "plan_json",
-    "plan_overrides",
-    "plan_toml",
-    "plan_yaml",
-    "read_sites",
-    "show_plan",
-]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fomoe_flwr.codecs.sizes import CodecPair
 from fomoe_flwr.config import Settings
@@ -146,9 +146,10 @@ def fit(
 ) -> Candidate | Unfit:
     """Place the experts so that the round ends soonest, within every site's memory.
 
-    `batch` is the sequences of one step over all workers, `tokens` the budget. A slow site gets
-    fewer experts than a fast one: they go, one by one, to whom they delay least, which makes the
-    longest of rounds that only grow as short as can be.
+    `batch` is the sequences of one step over all workers, `tokens` the budget. Experts are given
+    out one by one, each to the site that it delays least, so a slow site gets fewer than a fast
+    one. No site's round gets shorter with more experts, so this makes the longest round as short as
+    can be.
     """
     settings, num_experts = model.settings, model.settings.model.num_experts
     rooms = [model.room(site) for site in sites]
@@ -191,12 +192,6 @@ def fit(
         memory_bytes=tuple(model.memory(held) for held in residents),
         bytes_per_round=sum(down) + sum(up),
     )
-
-
-def with_full_replicas(settings: Settings) -> Settings:
-    """Return the settings of DiLoCo and Photon: weights only, undivided."""
-    outer = replace(settings.outer, name="average", momentum=0.0, fragments=1)
-    return replace(settings, outer=outer)
 
 
 def _place(

@@ -7,18 +7,17 @@ import shlex
 from collections.abc import Sequence
 
 from fomoe_flwr.costs import shown
+from fomoe_flwr.layout import MOVING_KINDS
 from fomoe_flwr.plan.candidate import Candidate
 from fomoe_flwr.plan.search import Plan, penalty
-
-_MOVING = ("random", "rolling", "balanced")
 
 
 def plan_overrides(plan: Plan, given: Sequence[str]) -> list[str]:
     """Return the overrides of the planned run: those given, and the plan's in their place."""
     chosen, layout = plan.chosen, plan.settings.layout
-    kind = layout.kind if layout.kind in _MOVING else "fixed"
+    standing = "fixed" if chosen.is_even else "weighted"
     words = {
-        "layout.kind": kind if chosen.is_even or kind in _MOVING else "weighted",
+        "layout.kind": layout.kind if layout.kind in MOVING_KINDS else standing,
         "layout.num_workers": len(chosen.sites),
         "layout.overlap": chosen.overlap,
         "layout.residents": [] if chosen.is_even else list(chosen.residents),

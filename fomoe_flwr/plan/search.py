@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fomoe_flwr.config import Settings, SettingsError
-from fomoe_flwr.plan.candidate import Candidate, Model, Unfit, Work, fit, with_full_replicas
+from fomoe_flwr.costs import as_diloco
+from fomoe_flwr.plan.candidate import Candidate, Model, Unfit, Work, fit
 from fomoe_flwr.plan.sites import NamedSite, Sites
 
 PENALTY = {
@@ -141,7 +142,7 @@ def _steps(most: int) -> list[int]:
 
 
 def _hindrance(model: Model, left: Sequence[NamedSite], is_fitting: bool, work: Work) -> NamedSite:
-    """Return the site that the others wait for longest, even if it holds next to nothing."""
+    """Return the site to leave out next: the smallest if nothing fits, else the slowest."""
     if not is_fitting:
         return min(left, key=lambda site: (model.room(site), site.memory_bytes))
     return max(left, key=lambda site: model.site_seconds(site, 1, work))
@@ -172,7 +173,7 @@ def _baselines(
     chosen: Candidate,
 ) -> list[Alternative]:
     """Reckon full replicas on all sites, synchronised as often as chosen and at every step."""
-    full = Model(with_full_replicas(settings), bounds.headroom)
+    full = Model(as_diloco(settings), bounds.headroom)
     everything, result = settings.model.num_experts, []
     needed = full.memory(everything) / (1 - bounds.headroom)
     small = [site.name for site in sites.sites if site.memory_bytes < needed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +13,9 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.report.units import count, number, size
 from fomoe_flwr.run.directory import RunDirectory
-from fomoe_flwr.run.evaluation import EvalReport
+
+if TYPE_CHECKING:
+    from fomoe_flwr.run.evaluation import EvalReport
 
 _WIDTH = 110
 

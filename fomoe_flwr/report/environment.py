@@ -8,27 +8,25 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from fomoe_flwr import __version__
 
 
 @cache
 def environment() -> dict[str, str]:
     """Return versions, machine and commit."""
+    # Only whoever has run something asks, and has torch.
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "environment/fomoe_flwr": __version__,
         "environment/torch": torch.__version__,
         "environment/python": platform.python_version(),
         "environment/machine": (
-            f"{platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads{_gpu_name()}"
+            f"{platform.machine()}, {_cpu_name()}, {torch.get_num_threads()} threads{gpu}"
         ),
         "environment/commit": _commit(),
     }
-
-
-def _gpu_name() -> str:
-    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def _commit() -> str:

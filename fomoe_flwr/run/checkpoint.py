@@ -13,7 +13,6 @@ state themselves.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from fomoe_flwr.errors import InputError, one_line
 from fomoe_flwr.files import make_folder, remove_drafts, remove_folder, replace_folder, save_text
+from fomoe_flwr.run.directory import checkpoint_name, stored_rounds
 
 
 class CheckpointError(InputError):
@@ -43,7 +43,7 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, move `latest` to it and drop all but the newest `keep`."""
-    target = folder / f"round-{checkpoint.server_round:06d}"
+    target = folder / checkpoint_name(checkpoint.server_round)
 
     def fill(draft: Path) -> None:
         save_file(dict(checkpoint.weights), draft / "weights.safetensors")
@@ -56,14 +56,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     replace_folder(target, fill)
     save_text(target.name + "\n", folder / "latest")
     for old in stored_rounds(folder)[:-keep]:
-        remove_folder(folder / f"round-{old:06d}")
+        remove_folder(folder / checkpoint_name(old))
     return target
-
-
-def stored_rounds(folder: Path) -> list[int]:
-    """List the rounds of whole checkpoints, oldest first."""
-    found = [re.fullmatch(r"round-(\d{6})", item.name) for item in folder.glob("round-*")]
-    return sorted(int(name[1]) for name in found if name)
 
 
 def load_latest(folder: Path) -> Checkpoint:
@@ -71,7 +65,7 @@ def load_latest(folder: Path) -> Checkpoint:
     rounds = stored_rounds(folder)
     if not rounds:
         raise CheckpointError(f"{folder} holds no checkpoint: nothing to resume from")
-    source = folder / f"round-{rounds[-1]:06d}"
+    source = folder / checkpoint_name(rounds[-1])
     try:
         state = json.loads((source / "state.json").read_text(encoding="utf-8"))
         return Checkpoint(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -100,6 +101,17 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def checkpoint_name(server_round: int) -> str:
+    """Return the name of a round's folder among the checkpoints."""
+    return f"round-{server_round:06d}"
+
+
+def stored_rounds(folder: Path) -> list[int]:
+    """List the rounds of whole checkpoints, oldest first."""
+    found = [re.fullmatch(r"round-(\d{6})", item.name) for item in folder.glob("round-*")]
+    return sorted(int(name[1]) for name in found if name)
+
+
 def default_output_dir(settings: Settings, root: Path) -> Path:
     """Name a new run after experiment, preset and time."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -132,7 +144,7 @@ def claim_output_dir(settings: Settings) -> None:
             f"output_dir={path} cannot be written: {error.strerror}; give another output_dir"
         ) from error
     taken = RunDirectory(path)
-    if not settings.resume and (taken.metrics.exists() or any(taken.checkpoints.glob("round-*"))):
+    if not settings.resume and (taken.metrics.exists() or stored_rounds(taken.checkpoints)):
         raise SettingsError(
             f"output_dir={path} already holds a run: give another output_dir, "
             f"or resume={path} to go on with it"

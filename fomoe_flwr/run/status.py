@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fomoe_flwr.config import SettingsError, read_settings
-from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.config import find_run, read_settings
+from fomoe_flwr.run.directory import RunDirectory, checkpoint_name, stored_rounds
 from fomoe_flwr.run.heartbeat import BEAT_SECONDS
 
 _RECENT_ROUNDS = 10
@@ -21,9 +21,7 @@ _SILENT_SECONDS = 6 * BEAT_SECONDS
 
 def run_status(path: Path, now: float | None = None) -> dict[str, Any]:
     """Return the state of a run as one JSON-able object. Raises SettingsError for no run."""
-    run = RunDirectory(path.expanduser().resolve())
-    if not run.config.is_file():
-        raise SettingsError(f"{path} is not a run directory: it has no config.yaml")
+    run = RunDirectory(find_run(path))
     now = time.time() if now is None else now
     settings = read_settings(run.config)
     summary, rows = run.read_summary(), run.read_metrics()
@@ -53,7 +51,7 @@ def run_status(path: Path, now: float | None = None) -> dict[str, Any]:
         "disk_bytes": {
             item.name: _size(item) for item in sorted(run.path.iterdir()) if item.is_dir()
         },
-        "checkpoints": sorted(item.name for item in run.checkpoints.glob("round-*")),
+        "checkpoints": [checkpoint_name(each) for each in stored_rounds(run.checkpoints)],
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fomoe_flwr.config import SettingsError, read_settings
+from fomoe_flwr.config import find_run, read_settings
 from fomoe_flwr.data.source import evaluation_blocks
 from fomoe_flwr.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_json
 from fomoe_flwr.data.tokens import heldout_windows
@@ -22,9 +22,7 @@ class StoredRun:
     """Settings, tokenizer and newest weights of a run."""
 
     def __init__(self, path: Path) -> None:
-        self.run = RunDirectory(path.expanduser().resolve())
-        if not self.run.config.is_file():
-            raise SettingsError(f"{path} is not a run directory: it has no config.yaml")
+        self.run = RunDirectory(find_run(path))
         self.settings = read_settings(self.run.config)
 
     @cached_property

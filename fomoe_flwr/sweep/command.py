@@ -13,11 +13,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fomoe_flwr.config import SettingsError, conf_dir, register_paper_rows
-from fomoe_flwr.federation.run_config import quoted
+from fomoe_flwr.config import SettingsError, conf_dir, parse_overrides, quoted, register_paper_rows
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.job import end_if_running, run_job
-from fomoe_flwr.sweep.plan import Plan, drawn_job, parse, plan_sweep
+from fomoe_flwr.sweep.plan import Plan, drawn_job, plan_sweep
 from fomoe_flwr.sweep.progress import Progress
 from fomoe_flwr.sweep.table import print_table, write_table
 
@@ -61,7 +60,7 @@ def resume(folder: Path, words: Sequence[str], skip_invalid: bool) -> bool:
     """Go on with a sweep; `words` may choose another launcher and nothing else."""
     directory = SweepDirectory(folder)
     before = Plan.load(directory.plan_file)
-    if strangers := [o.input_line for o in parse(words) if not o.is_hydra_override()]:
+    if strangers := [o.input_line for o in parse_overrides(words) if not o.is_hydra_override()]:
         raise SettingsError(
             f"{strangers[0]} cannot change when a sweep is resumed; to add jobs give all words "
             f"again with --dir {folder}"

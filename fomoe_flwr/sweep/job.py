@@ -16,10 +16,9 @@ from pathlib import Path
 
 import psutil
 
-from fomoe_flwr.federation.run_config import quoted
+from fomoe_flwr.config import quoted
 from fomoe_flwr.files import save_json
-from fomoe_flwr.run.checkpoint import stored_rounds
-from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.directory import RunDirectory, stored_rounds
 
 _RECORD, _LOG = "job.json", "job.log"
 

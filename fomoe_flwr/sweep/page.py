@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from fomoe_flwr.config import is_run
 from fomoe_flwr.files import save_text
 from fomoe_flwr.report.history import History, Points
 from fomoe_flwr.report.page import Page
@@ -104,7 +105,7 @@ def _curve_panels(sweep: SweepDirectory, keys: Sequence[str]) -> list[Panel]:
     sent: list[tuple[str, Points]] = []
     for job in sweep.plan().jobs[:_MOST_CURVES]:
         run = sweep.run(job)
-        if run.config.is_file() and run.metrics.is_file():
+        if is_run(run.path) and run.metrics.is_file():
             history = History.read(run)
             name = f"{keys[0].split('.')[-1]} {job.varied[keys[0]]}" if keys else job.name
             tokens.append((name, history.heldout(history.tokens)))

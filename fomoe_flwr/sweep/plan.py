@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from fomoe_flwr.config import Settings, SettingsError, load_settings
+from fomoe_flwr.config import Settings, SettingsError, load_settings, parse_overrides
 from fomoe_flwr.costs import layout_context
 from fomoe_flwr.errors import InputError, one_line
 from fomoe_flwr.files import save_json
@@ -92,7 +90,7 @@ def plan_sweep(words: Sequence[str]) -> Plan:
     Raises SettingsError for words that no job could take; a combination that contradicts itself is
     a job with a refusal.
     """
-    parsed = parse(words)
+    parsed = parse_overrides(words)
     launcher = [o for o in parsed if o.is_hydra_override()]
     settings = [o for o in parsed if not o.is_hydra_override()]
     for override in settings:
@@ -114,14 +112,6 @@ def plan_sweep(words: Sequence[str]) -> Plan:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SettingsError(f"{twice[0]} would be run twice: drop the value that is given twice")
     return Plan(*kept, tuple(jobs))
-
-
-def parse(words: Iterable[str]) -> list[Override]:
-    """Parse overrides. Raises SettingsError."""
-    try:
-        return OverridesParser.create().parse_overrides(list(words))
-    except HydraException as error:
-        raise SettingsError(one_line(str(error).split("See https://")[0])) from error
 
 
 def drawn_job(overrides: Sequence[str]) -> Job:

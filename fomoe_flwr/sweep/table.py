@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fomoe_flwr import costs
-from fomoe_flwr.config import read_settings
+from fomoe_flwr.config import is_run, read_settings
+from fomoe_flwr.files import replace_file
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.plan import Job
 
@@ -42,7 +44,7 @@ def _row(sweep: SweepDirectory, job: Job, keys: list[str]) -> dict[str, Any]:
     for key in _LAST:
         row[key] = next((r[key] for r in reversed(rounds) if r.get(key) is not None), None)
     row["train_seconds"] = sum(r["round/seconds"] for r in rounds) if rounds else None
-    predicted = costs.summary(read_settings(run.config)) if run.config.is_file() else {}
+    predicted = costs.summary(read_settings(run.config)) if is_run(run.path) else {}
     row |= {key: predicted.get(key) for key in _PREDICTED}
     row |= {"job_seconds": record.seconds, "attempts": record.attempts}
     row["commit"] = summary.get("environment/commit")
@@ -61,9 +63,7 @@ def write_table(sweep: SweepDirectory) -> list[Path]:
         (sweep.table, pyarrow.csv.write_csv),
         (sweep.table.with_suffix(".parquet"), pyarrow.parquet.write_table),
     ):
-        draft = path.with_name(f".{path.name}.draft")
-        write(table, draft)
-        draft.replace(path)
+        replace_file(path, partial(write, table))
         written.append(path)
     return written
 

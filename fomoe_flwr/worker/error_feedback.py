@@ -17,9 +17,9 @@ from torch import Tensor
 from fomoe_flwr.codecs.sizes import WITH_FEEDBACK, Codec
 from fomoe_flwr.codecs.vectors import rounding_error
 from fomoe_flwr.config import WireSettings
-from fomoe_flwr.files import save_tensors
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, StateSpec
+from fomoe_flwr.model.tensor_files import save_tensors
 
 Vectors = tuple[Tensor, Tensor]
 """Flat fp32 vectors of the shared parameters and of the resident experts."""

@@ -58,10 +58,10 @@ class RoundTask:
     """This worker's own folder on this run."""
     keep_rounds: Sequence[int] = ()
     """Rounds whose inner state a resume may still ask for."""
-    part: StateSpec | None = None
-    """What `shared` and `experts` carry; None means everything, else the rest is on the disk."""
+    fragment: int = -1
+    """The fragment that `shared` and `experts` carry; the rest is on the disk. -1 is everything."""
     moments: Mapping[str, Vectors] = field(default_factory=dict)
-    """Averaged moments of the same part's parameters."""
+    """Averaged moments of the same fragment's parameters."""
     pooled_share: Tensor | None = None
     """[num_layers, num_experts] shares of assignments of all workers in the round before."""
     probe: Tensor | None = None
@@ -70,7 +70,7 @@ class RoundTask:
     @property
     def carried(self) -> StateSpec:
         """What `shared` and `experts` carry."""
-        return self.part or self.spec
+        return self.spec.fragment(self.fragment, self.settings.outer.fragments)
 
     @property
     def returned(self) -> StateSpec:
@@ -162,7 +162,7 @@ def starting_weights(task: RoundTask) -> tuple[dict[str, Tensor], dict[str, Tens
     Raises LostStateError if those are not on the disk.
     """
     pieces = task.split(task.carried, (task.shared, task.experts))
-    if task.part is None:
+    if task.fragment < 0:
         return pieces, pieces
     try:
         received, current = stored_weights(state_file(task.state_dir, task.server_round - 1))
@@ -170,8 +170,8 @@ def starting_weights(task: RoundTask) -> tuple[dict[str, Tensor], dict[str, Tens
         raise LostStateError(
             f"worker {task.worker} has no weights of round {task.server_round - 1}"
         ) from error
-    overlay(received, task.part, pieces)
-    overlay(current, task.part, pieces)
+    overlay(received, task.carried, pieces)
+    overlay(current, task.carried, pieces)
     return received, current
 
 

@@ -9,38 +9,32 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fomoe_flwr.config import DataSettings, LocalSettings, Settings
+from fomoe_flwr.config import DataSettings, LocalSettings
 from fomoe_flwr.data.source import NodeData
 from fomoe_flwr.model.router_probe import RoutingCounts
-from fomoe_flwr.model.state import Entry, StateSpec
 from fomoe_flwr.worker.cache import CACHE
 from fomoe_flwr.worker.error_feedback import Vectors
 from fomoe_flwr.worker.round import RoundResult, RoundTask
 from fomoe_flwr.worker.trainer import LocalReport
 
+_TASK_FIELDS = ("worker", "server_round", "residents", "keep_rounds", "fragment")
 _COUNTS = ("load", "ghosts", "all_ghost")
 
 
 def write_task(task: RoundTask, data: NodeData, folder: Path) -> None:
     """Write a task and where its text comes from."""
     tensors = _vectors({"weights": (task.shared, task.experts), **task.moments})
-    for name, value in (("pooled_share", task.pooled_share), ("probe", task.probe)):
-        if value is not None:
+    for name in ("pooled_share", "probe"):
+        if (value := getattr(task, name)) is not None:
             tensors[name] = value.contiguous()
     save_file(tensors, folder / "task.safetensors")
-    fields = {
+    fields = {name: getattr(task, name) for name in _TASK_FIELDS} | {
         "settings": task.settings.to_dict(),
-        "worker": task.worker,
-        "server_round": task.server_round,
-        "residents": [list(layer) for layer in task.residents],
         "state_dir": str(task.state_dir),
-        "keep_rounds": list(task.keep_rounds),
-        "part": None if task.part is None else asdict(task.part),
         "moments": list(task.moments),
         "data": asdict(data),
     }
@@ -51,21 +45,16 @@ def read_task(folder: Path) -> tuple[RoundTask, NodeData]:
     """Read what `write_task` wrote."""
     fields = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "task.safetensors")
-    settings: Settings = CACHE.settings(fields["settings"])
-    vectors = {name: _pair(tensors, name) for name in ("weights", *fields["moments"])}
-    shared, experts = vectors.pop("weights")
+    settings = CACHE.settings(fields["settings"])
+    shared, experts = _pair(tensors, "weights")
     task = RoundTask(
         settings=settings,
         spec=CACHE.spec(settings),
-        worker=fields["worker"],
-        server_round=fields["server_round"],
-        residents=fields["residents"],
         shared=shared,
         experts=experts,
         state_dir=Path(fields["state_dir"]),
-        keep_rounds=fields["keep_rounds"],
-        part=None if fields["part"] is None else _spec(fields["part"]),
-        moments=vectors,
+        moments={name: _pair(tensors, name) for name in fields["moments"]},
+        **{name: fields[name] for name in _TASK_FIELDS},
         pooled_share=tensors.get("pooled_share"),
         probe=tensors.get("probe"),
     )
@@ -121,12 +110,3 @@ def _vectors(pairs: Mapping[str, Vectors]) -> dict[str, Tensor]:
 
 def _pair(tensors: Mapping[str, Tensor], name: str) -> Vectors:
     return tensors[f"{name}/shared"], tensors[f"{name}/experts"]
-
-
-def _spec(fields: Mapping[str, Any]) -> StateSpec:
-    def entries(kind: str) -> tuple[Entry, ...]:
-        return tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in fields[kind])
-
-    return StateSpec(
-        entries("shared"), entries("expert"), fields["num_layers"], fields["num_experts"]
-    )

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from federated import Federation, assert_identical, use_made_up_data
+from micro import micro
 
 from fomoe_flwr.aggregation.holder_mean import HolderMean
 from fomoe_flwr.aggregation.privacy import NoiseSource, add_noise, clip
 from fomoe_flwr.config import SettingsError
 from fomoe_flwr.federation.accounting import PrivacyLedger, open_ledger
 from fomoe_flwr.model.state import Entry, StateSpec
-from tests.federated import Federation, assert_identical, micro, use_made_up_data
 
 KEY = bytes(range(32))
 PRIVATE = ("outer.weighting=uniform", "privacy.clip_norm=0.1")

@@ -1,56 +1,19 @@
-"""Settings: what composes, what is refused and in which words, and what survives a journey."""
+"""Composition: what `conf/` and overrides give, what is refused and in which words."""
 
 from __future__ import annotations
-
-import json
-import subprocess
-import sys
-import tomllib
-from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from refusals import choices, refusal
 
 from fomoe_flwr.config import (
-    RESUMABLE_KEYS,
     Settings,
     SettingsError,
-    conf_dir,
     load_settings,
-    read_settings,
     settings_from_dict,
 )
-from fomoe_flwr.federation.run_config import EVERYDAY, settings_of
 from fomoe_flwr.layout import check_layout
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-
-
-def refusal(*overrides: str) -> str:
-    """Return the one line that `overrides` are refused with."""
-    with pytest.raises(SettingsError) as caught:
-        load_settings(overrides)
-    text = str(caught.value)
-    assert text == text.strip()
-    assert "\n" not in text
-    return text
-
-
-def known_keys(node: Any, prefix: str = "") -> Iterable[str]:
-    for item in fields(node):
-        value = getattr(node, item.name)
-        yield prefix + item.name
-        if is_dataclass(value):
-            yield from known_keys(value, f"{prefix}{item.name}.")
 
 
 @pytest.mark.parametrize("preset", choices("preset"))
@@ -278,150 +241,6 @@ def test_a_layout_that_cannot_be_drawn_is_refused_with_values_that_work(
         check_layout(settings.layout, settings.model.num_layers, settings.model.num_experts)
     assert [word for word in named if word not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def stored_run(tmp_path: Path) -> Path:
-    run = tmp_path / "run"
-    run.mkdir()
-    load_settings(["preset=tiny", f"output_dir={run}", "seed=5"]).save(run / "config.yaml")
-    return run
-
-
-@pytest.mark.parametrize(
-    "override", ["seed=3", "outer=nesterov", "local.lr=1", "preset=demo", "output_dir=/x", "+a=1"]
-)
-def test_resume_refuses_to_change_what_the_run_is(stored_run: Path, override: str) -> None:
-    key = override.lstrip("+").partition("=")[0]
-    assert refusal(f"resume={stored_run}", override) == (
-        f"{key} cannot change when a run is resumed; these can: {', '.join(RESUMABLE_KEYS)}"
-    )
-
-
-def test_resume_refuses_unknown_keys_and_wrong_values(stored_run: Path) -> None:
-    assert refusal(f"resume={stored_run}", "checkpoint.evry=3").startswith(
-        "checkpoint.evry is not a setting"
-    )
-    assert refusal(f"resume={stored_run}", "rounds=0") == (
-        "rounds=0 is out of range: it must be >= 1"
-    )
-    assert refusal(f"resume={stored_run}", "rounds=x").startswith("rounds: ")
-
-
-def test_resume_takes_everything_else_from_the_run(stored_run: Path) -> None:
-    before = read_settings(stored_run / "config.yaml")
-    settings = load_settings(
-        [f"resume={stored_run}", "rounds=9", "checkpoint.keep=5", "local.threads=1"]
-    )
-    before.rounds, before.checkpoint.keep, before.local.threads = 9, 5, 1
-    before.resume = str(stored_run)
-    assert settings == before
-
-
-def test_resume_of_something_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    assert refusal(f"resume={tmp_path}") == (
-        f"resume={tmp_path} is not a run directory: it has no config.yaml"
-    )
-
-
-def test_resume_of_a_run_with_a_damaged_config_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("rounds: [1", encoding="utf-8")
-    assert refusal(f"resume={tmp_path}").startswith(
-        f"cannot read settings from {tmp_path / 'config.yaml'}: "
-    )
-
-
-@pytest.mark.parametrize("experiment", choices("experiment"))
-def test_settings_survive_json_and_yaml(experiment: str, tmp_path: Path) -> None:
-    settings = load_settings(
-        ["preset=tiny", f"experiment={experiment}", "local.lr=1e-05", "data.text_key='a: #b'"]
-    )
-    assert settings_from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
-    settings.save(tmp_path / "config.yaml")
-    assert read_settings(tmp_path / "config.yaml") == settings
-
-
-def test_settings_that_travelled_are_checked_again() -> None:
-    settings = Settings().to_dict()
-    with pytest.raises(SettingsError, match=r"^stranger is not a setting"):
-        settings_from_dict(settings | {"stranger": 1})
-    with pytest.raises(SettingsError, match=r"^rounds=0 is out of range"):
-        settings_from_dict(settings | {"rounds": 0})
-    with pytest.raises(SettingsError, match=r"^layout.overlap=9 needs"):
-        settings_from_dict(settings | {"layout": settings["layout"] | {"overlap": 9}})
-
-
-def test_conf_and_dataclasses_know_the_same_keys() -> None:
-    known = set(known_keys(Settings()))
-    for path in conf_dir().rglob("*.yaml"):
-        group = path.parent.relative_to(conf_dir()).as_posix()
-        is_global = group in ("preset", "experiment", "paper", ".")
-        content = OmegaConf.to_container(OmegaConf.load(path)) or {}
-        assert isinstance(content, dict)
-        content.pop("defaults", None)
-        # Hydra's own part, in `conf/sweep.yaml`.
-        content.pop("hydra", None)
-        prefix = "" if is_global else f"{group}."
-
-        def leaves(node: dict[Any, Any], prefix: str) -> Iterable[str]:
-            for key, value in node.items():
-                yield f"{prefix}{key}"
-                if isinstance(value, dict):
-                    yield from leaves(value, f"{prefix}{key}.")
-
-        assert set(leaves(content, prefix)) - known == set(), path
-
-
-def test_every_resumable_key_is_a_setting() -> None:
-    assert set(RESUMABLE_KEYS) <= set(known_keys(Settings()))
-
-
-def test_pyproject_declares_exactly_the_keys_that_the_apps_read() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    declared = project["tool"]["flwr"]["app"]["config"]
-    assert set(declared) == set(EVERYDAY) | {"state-dir", "overrides"}
-    assert set(EVERYDAY.values()) <= set(known_keys(Settings()))
-    settings = settings_of(declared | {"output-dir": "/somewhere"})
-    assert settings == load_settings(["output_dir=/somewhere"])
-
-
-def test_run_config_and_command_line_give_the_same_settings() -> None:
-    run_config = {
-        "preset": "tiny",
-        "rounds": 3,
-        "seed": -1,
-        "resume": "",
-        "num-workers": 4,
-        "overlap": 2,
-        "output-dir": "/some where",
-        "overrides": "layout.kind=random data.path='/a b' outer=nesterov",
-    }
-    assert settings_of(run_config) == load_settings(
-        [
-            "preset=tiny",
-            "rounds=3",
-            "layout.num_workers=4",
-            "layout.overlap=2",
-            "output_dir='/some where'",
-            "layout.kind=random",
-            "data.path='/a b'",
-            "outer=nesterov",
-        ]
-    )
-
-
-def test_overrides_that_cannot_be_split_are_refused() -> None:
-    with pytest.raises(SettingsError, match="cannot be split into words"):
-        settings_of({"overrides": "data.path='/a"})
-
-
-def test_importing_config_loads_neither_torch_nor_flower() -> None:
-    code = (
-        "import sys, fomoe_flwr.config, fomoe_flwr.layout, fomoe_flwr.costs, fomoe_flwr.cli;"
-        "print(sorted({'torch', 'flwr', 'transformers'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.worker.training import token_loss
+from fomoe_flwr.worker.trainer import token_loss
 
 SHAPE = ModelSettings(
     num_layers=3,

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from federated import CountingGrid, Federation, assert_identical, micro, use_made_up_data
+from federated import CountingGrid, Federation, assert_identical, use_made_up_data
 from flwr.app import Error, Message
+from micro import micro
 
 from fomoe_flwr.config import SettingsError
 from fomoe_flwr.costs import memory_bytes, parameter_counts
 from fomoe_flwr.federation.attendance import Attendance
 from fomoe_flwr.federation.round_record import RoundRecord
-from fomoe_flwr.federation.server import _row
 from fomoe_flwr.federation.strategy import FederationError
 
 FIRST_NODE = 2
@@ -90,7 +90,7 @@ def test_a_worker_that_leaves_is_replaced_and_takes_its_share_when_it_is_back(
     lost = 2 * 2 if overlap == 1 else 0
     assert [record.missing_experts for record in records] == [0, lost, lost, 0, 0, 0, 0]
     assert [record.moved_experts for record in records] == [0, 0, 0, 4 * overlap, 0, 4 * overlap, 0]
-    row = _row(records[3])
+    row = records[3].metrics_row()
     assert row["layout/absent_workers"] == [1]
     assert row["layout/rehomed_experts"] == row["layout/rehomed_lower_bound"] == 4 * overlap
     for record in records:
@@ -191,13 +191,13 @@ def test_a_run_resumed_in_the_middle_of_an_absence_is_the_run(
     first, grid = federation(tmp_path / "parts", *words)
     grid.gone = gone
     first.strategy.start(grid, num_rounds=4)
-    memory = json.loads(json.dumps(first.strategy.memory()))
+    state = json.loads(json.dumps(first.strategy.state_dict()))
     second, grid = federation(tmp_path / "parts", *words)
     grid.gone, grid.server_round = gone, 5
     for key, value in first.state.items():
         second.state[key].copy_(value)
     second.outer.restore({k: v.clone() for k, v in first.outer.tensors().items()})
-    second.strategy.remember(memory)
+    second.strategy.load_state_dict(state)
     second.strategy.first_round = 5
     second.run()
     for got, want in zip(second.rounds, whole.rounds[4:], strict=True):
@@ -253,7 +253,7 @@ def test_residents_follow_from_the_memory_that_nodes_report(tmp_path: Path) -> N
     run.run()
     # Away from round 4 on; the others have room for 6 and 2 experts, not for all copies.
     assert sizes(run) == [[6, 4, 2]] * 3 + [[6, 0, 2]] + [[6, 4, 2]] * 2
-    assert run.strategy.memory()["layout_context"]["room"] == [6, 4, 2]
+    assert run.strategy.state_dict()["layout_context"]["room"] == [6, 4, 2]
 
 
 @pytest.mark.parametrize(

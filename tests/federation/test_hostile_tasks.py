@@ -11,7 +11,8 @@ from flwr.app import Context, RecordDict
 
 from fomoe_flwr.config import SettingsError, load_settings
 from fomoe_flwr.federation import client, wire
-from fomoe_flwr.federation.wire import TaskHeader, WireError
+from fomoe_flwr.federation.task_header import TaskHeader
+from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.state import StateSpec
 

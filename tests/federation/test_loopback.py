@@ -17,7 +17,7 @@ import pytest
 from fomoe_flwr.cli.main import main
 from fomoe_flwr.federation.deployment.credentials import make_authority, make_node_key
 from fomoe_flwr.federation.deployment.loopback import Loopback, end_federation
-from fomoe_flwr.federation.deployment.processes import family, free_port, start, tool
+from fomoe_flwr.federation.deployment.process_family import family, free_port, start, tool
 from fomoe_flwr.run.directory import RunDirectory
 
 WORDS = [

@@ -10,7 +10,7 @@ from flwr.app import Context, RecordDict
 
 from fomoe_flwr.config import SettingsError, load_settings
 from fomoe_flwr.federation import client
-from fomoe_flwr.federation.client import _node_data, _with_own_words
+from fomoe_flwr.federation.client import _node_data, _with_node_overrides
 from fomoe_flwr.worker import cache as worker_cache
 
 
@@ -21,7 +21,7 @@ def context(**words: Any) -> Context:
 
 def own(words: Context) -> Any:
     fields = load_settings(["preset=tiny", "data.path=/server/text", "local.device=cpu"]).to_dict()
-    return worker_cache.WorkerCache().settings(_with_own_words(fields, words))
+    return worker_cache.WorkerCache().settings(_with_node_overrides(fields, words))
 
 
 def test_a_node_that_says_nothing_takes_its_part_of_the_runs_data() -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from federated import CountingGrid, Federation, assert_identical, use_made_up_data
 from flwr.app import Message, MessageType
+from micro import micro
 
 from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.strategy import FederationError
-from tests.federated import CountingGrid, Federation, assert_identical, micro, use_made_up_data
 
 Delay = Callable[[int, int], float]
 """(round, worker) -> seconds until its reply is there."""
@@ -172,7 +173,7 @@ def test_a_worker_that_answers_late_is_counted_on_again_at_once(
 def test_nobody_rests_when_there_is_no_quorum_without_him(tmp_path: Path, clock: Clock) -> None:
     limits = ["federation.min_workers=3", "federation.round_timeout_seconds=40", "rounds=1"]
     run = federation(tmp_path, clock, lambda r, w: 1.0, *limits)
-    attendance = run.strategy._memory.attendance
+    attendance = run.strategy.round_state.attendance
     run.strategy.seats.gather(run.grid)
     attendance.missed, attendance.resting = {1: 3}, {1: 9}
     run.strategy._begin = lambda: None  # type: ignore[method-assign]

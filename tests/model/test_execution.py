@@ -14,16 +14,14 @@ from fomoe_flwr.config import (
     ExecutionSettings,
     LocalSettings,
     ModelSettings,
+    Settings,
     load_settings,
 )
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
-from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import state_of
-from fomoe_flwr.parameters.keys import RoutingMode
-from fomoe_flwr.worker.inner_state import InnerState
-from fomoe_flwr.worker.training import LocalReport, make_optimizer, train
+from fomoe_flwr.worker.trainer import LocalReport, LocalTrainer
 
 FAMILIES = ("olmoe", "qwen3-moe", "mixtral", "deepseek-v3", "glm4-moe", "fomoe")
 LOCAL = LocalSettings(steps=3, lr=0.05, warmup_steps=0, schedule="constant", optimizer="sgd")
@@ -60,21 +58,14 @@ def trained(
     )
     if execution is not None:
         execution.prepare(model)
-    chosen = execution or Execution()
-    probe = RouterProbe(model, 6, RESIDENTS, compiled=chosen.compiled)
-    report = train(
+    trainer = LocalTrainer(
         model,
-        probe,
-        make_optimizer(model, local),
-        InnerState(model, local, RoutingMode.SKIP_TOKEN, RESIDENTS),
-        Given(torch.device(device)),
-        local,
-        balance=BALANCE,
-        first_step=0,
-        total_steps=100,
-        device=torch.device(device),
-        execution=chosen,
+        Settings(model=shape, local=local, balance=BALANCE, rounds=100),
+        RESIDENTS,
+        lambda position: Given(torch.device(device)),
+        execution=execution or Execution(),
     )
+    report = trainer.train(local.steps)
     return {key: value.clone().cpu() for key, value in state_of(model).items()}, report
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from micro import micro_model
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -30,20 +31,16 @@ from fomoe_flwr.model.residency import build_model, moe_blocks
 from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import state_of
 from fomoe_flwr.run.export import export_model
-from fomoe_flwr.worker.training import token_loss
+from fomoe_flwr.worker.trainer import token_loss
 
-SHAPE = ModelSettings(
+SHAPE = micro_model(
     family="fomoe",
-    num_layers=2,
-    hidden_size=32,
-    expert_size=8,
-    num_heads=2,
+    # As many key heads as heads: the family knows no others.
     num_kv_heads=2,
-    num_experts=6,
-    top_k=2,
+    # The size of the tokenizer that is exported with it.
     vocab_size=300,
-    init_std=0.3,
     # Every multiplier differs from 1 and from the others.
+    hidden_size=32,
     base_hidden_size=8,
     base_num_layers=1,
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro import micro_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,17 +24,7 @@ from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.state import StateSpec, load_state, state_of
 from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 
-SHAPE = ModelSettings(
-    num_layers=2,
-    hidden_size=16,
-    expert_size=8,
-    num_heads=2,
-    num_kv_heads=1,
-    num_experts=6,
-    top_k=2,
-    vocab_size=260,
-    init_std=0.3,
-)
+SHAPE = micro_model()
 RESIDENTS = ((0, 2, 3), (1, 5))
 ToFamily = Callable[[ModelSettings, str], ModelSettings]
 

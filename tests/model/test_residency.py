@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from micro import micro_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,19 +24,10 @@ from fomoe_flwr.model.families import FAMILIES, model_class, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, moe_blocks
 from fomoe_flwr.model.state import load_state, state_of
 from fomoe_flwr.parameters.keys import RoutingMode, is_expert_key, layer_of
-from fomoe_flwr.worker.training import make_optimizer, token_loss
+from fomoe_flwr.worker.optimizer import make_optimizer
+from fomoe_flwr.worker.trainer import token_loss
 
-SHAPE = ModelSettings(
-    num_layers=2,
-    hidden_size=16,
-    expert_size=8,
-    num_heads=2,
-    num_kv_heads=1,
-    num_experts=6,
-    top_k=2,
-    vocab_size=260,
-    init_std=0.3,
-)
+SHAPE = micro_model()
 LAYOUT = Layout(6, (((0, 2, 5), (1, 3, 4)), ((1, 4), (0, 2, 3, 5))))
 MODES = [mode.value for mode in RoutingMode]
 

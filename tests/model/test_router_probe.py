@@ -7,26 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from micro import micro_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, moe_blocks
 from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.worker.training import token_loss
+from fomoe_flwr.worker.trainer import token_loss
 
-SHAPE = ModelSettings(
-    num_layers=2,
-    hidden_size=16,
-    expert_size=8,
-    num_heads=2,
-    num_kv_heads=1,
-    num_experts=6,
-    top_k=2,
-    vocab_size=260,
-    init_std=0.3,
-)
+SHAPE = micro_model()
 RESIDENTS = ((0, 2, 5), (1,))
 TOKENS = 2 * 7
 

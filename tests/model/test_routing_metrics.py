@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro import micro_model
 from torch import Tensor, nn
 
-from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model import routing_metrics as measure
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model, moe_blocks
@@ -295,17 +295,7 @@ def test_defined_mean_leaves_out_what_is_undefined() -> None:
     assert math.isnan(measure.defined_mean([]))
 
 
-SHAPE = ModelSettings(
-    num_layers=2,
-    hidden_size=16,
-    expert_size=8,
-    num_heads=2,
-    num_kv_heads=2,
-    num_experts=6,
-    top_k=2,
-    vocab_size=260,
-    init_std=0.3,
-)
+SHAPE = micro_model()
 RESIDENTS = ((0, 2, 5), (1, 3, 4))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro import micro_model
 from torch import Tensor
 
 from fomoe_flwr.config import ModelSettings
@@ -18,16 +19,7 @@ from fomoe_flwr.model.state import Entry, StateSpec, load_state, overlay, state_
 from fomoe_flwr.parameters.keys import RoutingMode
 from fomoe_flwr.parameters.shapes import buffer_shapes, parameter_shapes
 
-SHAPE = ModelSettings(
-    num_layers=2,
-    hidden_size=8,
-    expert_size=4,
-    num_heads=2,
-    num_kv_heads=1,
-    num_experts=5,
-    top_k=2,
-    vocab_size=260,
-)
+SHAPE = micro_model(num_experts=5)  # An odd number: no layout is even.
 MODES = [mode.value for mode in RoutingMode]
 ANY_RESIDENTS = st.lists(
     st.sets(st.integers(0, SHAPE.num_experts - 1)).map(lambda held: tuple(sorted(held))),

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from federated import micro
 from hypothesis import given
 from hypothesis import strategies as st
+from micro import micro
 
 from fomoe_flwr.config import LocalSettings, SettingsError, check
-from fomoe_flwr.parallel.choice import choose, num_processes
 from fomoe_flwr.parallel.batch_split import BatchSplit, most_processes
+from fomoe_flwr.parallel.choice import choose, num_processes
 from fomoe_flwr.run.preflight import preflight
 
 sizes = st.integers(1, 12)

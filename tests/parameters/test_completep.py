@@ -7,11 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fomoe_flwr.config import LocalSettings, ModelSettings, load_settings
+from fomoe_flwr.config import LocalSettings, ModelSettings, RoutingMode, load_settings
 from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.parameters.completep import Multipliers, multipliers
-from fomoe_flwr.parameters.keys import RoutingMode
 from fomoe_flwr.worker.inner_state import InnerState
 from fomoe_flwr.worker.optimizer import make_optimizer
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from chromium import chromium_tab, find_chromium
 
 from fomoe_flwr.cli.main import main
 from fomoe_flwr.config import load_settings
@@ -23,7 +24,6 @@ from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.sweep.job import JobRecord, write_record
 from fomoe_flwr.sweep.pareto import choices_of, front
 from fomoe_flwr.sweep.plan import plan_sweep
-from tests.chromium import chromium_tab, find_chromium
 
 NASTY = "<script>alert('no')</script> & \"quotes\""
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fomoe_flwr import files
-from fomoe_flwr.files import replace_folder, save_json, save_tensors, save_text
+from fomoe_flwr.files import replace_folder, save_json, save_text
+from fomoe_flwr.model import tensor_files
+from fomoe_flwr.model.tensor_files import save_tensors
 from fomoe_flwr.run import checkpoint as checkpoint_module
 from fomoe_flwr.run.checkpoint import (
     Checkpoint,
@@ -187,7 +189,7 @@ def test_an_error_while_writing_leaves_the_old_file(
         target.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(files, "save_file", fails)
+    monkeypatch.setattr(tensor_files, "save_file", fails)
     with pytest.raises(type(error)):
         save_tensors({"t": torch.zeros(1)}, path, {})
     assert path.read_bytes() == old

@@ -41,7 +41,7 @@ from fomoe_flwr.config import OuterSettings, Settings
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, moe_blocks
 from fomoe_flwr.model.state import StateSpec, state_of
-from fomoe_flwr.worker.training import learning_rate
+from fomoe_flwr.worker.optimizer import learning_rate
 
 FAMILIES = ["olmoe", "qwen3_moe"]
 

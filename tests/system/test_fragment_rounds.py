@@ -19,12 +19,12 @@ from federated import (
 )
 from micro import micro
 from safetensors.torch import load_file
-from torch import nn
 
 from fomoe_flwr import costs
 from fomoe_flwr.federation import client
 from fomoe_flwr.federation.round_record import RoundRecord
-from fomoe_flwr.worker import round as worker
+from fomoe_flwr.worker import round as worker_round
+from fomoe_flwr.worker.trainer import LocalReport, LocalTrainer
 
 pytestmark = pytest.mark.usefixtures("made_up_data")
 
@@ -112,7 +112,7 @@ def test_a_worker_whose_reply_did_not_count_gets_everything_next_time(
     settings = micro(*OUTER[outer], "outer.fragments=2", "rounds=5")
     federation = Federation(settings, tmp_path)
     seen: dict[int, Weights] = {}
-    start = worker._starting_weights
+    start = worker_round.starting_weights
 
     def note(task: Any) -> Any:
         received, current = start(task)
@@ -120,7 +120,7 @@ def test_a_worker_whose_reply_did_not_count_gets_everything_next_time(
             seen[task.server_round] = {key: value.clone() for key, value in current.items()}
         return received, current
 
-    monkeypatch.setattr(worker, "_starting_weights", note)
+    monkeypatch.setattr(worker_round, "starting_weights", note)
     federation.run()
     assert list(failures(federation)) == [3]
     layout = federation.rounds[0].record.layout
@@ -141,7 +141,7 @@ def test_with_fragments_a_worker_goes_on_from_its_own_weights_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[tuple[str, int], Weights] = {}
-    start, train = worker._starting_weights, worker.train
+    start, train = worker_round.starting_weights, LocalTrainer.train
     now = [0]
 
     def note_start(task: Any) -> Any:
@@ -154,15 +154,15 @@ def test_with_fragments_a_worker_goes_on_from_its_own_weights_elsewhere(
             now[0] = 0
         return received, current
 
-    def note_end(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = train(model, *args, **kwargs)
+    def note_end(trainer: LocalTrainer, steps: int) -> LocalReport:
+        report = train(trainer, steps)
         if now[0]:
-            state = {key: value.detach().clone() for key, value in model.named_parameters()}
-            seen["end", now[0]] = state
-        return result
+            parameters = trainer.model.named_parameters()
+            seen["end", now[0]] = {key: value.detach().clone() for key, value in parameters}
+        return report
 
-    monkeypatch.setattr(worker, "_starting_weights", note_start)
-    monkeypatch.setattr(worker, "train", note_end)
+    monkeypatch.setattr(worker_round, "starting_weights", note_start)
+    monkeypatch.setattr(LocalTrainer, "train", note_end)
     federation = Federation(micro("outer.fragments=2", "rounds=4"), tmp_path).run()
     spec, layout = federation.spec, federation.rounds[0].record.layout
     for server_round in (2, 3, 4):

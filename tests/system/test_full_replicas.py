@@ -18,7 +18,7 @@ from torch import nn
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import client
 from fomoe_flwr.parameters.fragments import MOMENTS
-from fomoe_flwr.worker.training import learning_rate
+from fomoe_flwr.worker.optimizer import learning_rate
 
 pytestmark = pytest.mark.usefixtures("made_up_data")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from fomoe_flwr.federation import client
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.parameters.fragments import MOMENTS
-from fomoe_flwr.worker import round as worker
+from fomoe_flwr.worker.round import run_round
+from fomoe_flwr.worker.trainer import LocalReport, LocalTrainer
 
 Moments = dict[str, dict[str, Tensor]]
 
@@ -24,28 +25,25 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int, int], Moments
     found: dict[tuple[str, int, int], Moments] = {}
     place = [0, 0]
 
-    def copied(inner: Any, optimizer: Any) -> Moments:
-        if not optimizer.state:
+    def copied(trainer: LocalTrainer) -> Moments:
+        if not trainer.optimizer.state:
             return {}
-        return {
-            name: {k: v.clone() for k, v in inner.moments(optimizer, name).items()}
-            for name in MOMENTS
-        }
+        return {name: {k: v.clone() for k, v in trainer.moments(name).items()} for name in MOMENTS}
 
-    run_round, train = worker.run_round, worker.train
+    train = LocalTrainer.train
 
     def note_place(task: Any, batches: Any) -> Any:
         place[:] = [task.server_round, task.worker]
         return run_round(task, batches)
 
-    def note(model: Any, probe: Any, optimizer: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        found["start", place[0], place[1]] = copied(inner, optimizer)
-        result = train(model, probe, optimizer, inner, *args, **kwargs)
-        found["end", place[0], place[1]] = copied(inner, optimizer)
-        return result
+    def note(trainer: LocalTrainer, steps: int) -> LocalReport:
+        found["start", place[0], place[1]] = copied(trainer)
+        report = train(trainer, steps)
+        found["end", place[0], place[1]] = copied(trainer)
+        return report
 
     monkeypatch.setattr(client, "run_round", note_place)
-    monkeypatch.setattr(worker, "train", note)
+    monkeypatch.setattr(LocalTrainer, "train", note)
     return found
 
 

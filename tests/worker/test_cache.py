@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from federated import Federation, Weights, assert_identical, micro, use_made_up_data
+from federated import Federation, Weights, assert_identical, use_made_up_data
+from micro import micro
 from torch import Tensor
 
 from fomoe_flwr.config import DataSettings, Settings

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from federated import Federation, assert_identical, use_made_up_data
+from micro import micro
 from torch import Tensor
 
 from fomoe_flwr.codecs.vectors import decode, encode
@@ -13,7 +15,6 @@ from fomoe_flwr.config import WireSettings
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, StateSpec
 from fomoe_flwr.worker.error_feedback import ErrorFeedback
-from tests.federated import Federation, assert_identical, micro, use_made_up_data
 
 SPEC = StateSpec(
     shared=(Entry("model.embed", (40, 5), None), Entry("model.layers.0.norm", (30,), None)),
@@ -132,7 +133,7 @@ def test_a_run_that_stops_and_goes_on_is_the_run(
     for key, value in halves.state.items():
         later.state[key].copy_(value)
     later.strategy.first_round = 3
-    later.strategy.remember(halves.strategy.memory())
+    later.strategy.load_state_dict(halves.strategy.state_dict())
     later.run()
     assert_identical(later.state, whole.state)
     forgetful = Federation(micro(*words, "wire.feedback=0.0", "rounds=4"), tmp_path / "none").run()

@@ -1,8 +1,8 @@
 """Run the same two apps on Flower's simulation engine: `flwr run`, with its environment set up.
 
-A SuperLink of our own is started for the run, with a state folder inside the run directory and a
-free port, so that no other run's process is met and nothing is left behind. Whether the run
-succeeded is read from its summary: `flwr run --stream` exits 0 even when a run failed.
+The run gets a SuperLink of its own, with a free port and a state folder inside the run directory.
+So it meets no process of another run and leaves nothing behind. Whether the run succeeded is read
+from its summary, because `flwr run --stream` exits 0 even when a run failed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from fomoe_flwr.config import PATHS, Settings, SettingsError
-from fomoe_flwr.federation.deployment.processes import (
+from fomoe_flwr.config import PATHS, Settings, SettingsError, quoted
+from fomoe_flwr.federation.deployment.process_family import (
     end_family,
     environment,
     free_port,
@@ -21,7 +21,6 @@ from fomoe_flwr.federation.deployment.processes import (
     tool,
     wait_until_healthy,
 )
-from fomoe_flwr.federation.run_config import quoted
 from fomoe_flwr.files import save_text
 from fomoe_flwr.run.directory import RunDirectory
 
@@ -81,7 +80,7 @@ def write_run_config(
 ) -> None:
     """Write what `flwr run --run-config` takes for these settings.
 
-    `state_dir` is where workers shall keep their state, if that is not for the nodes to say.
+    `state_dir` is where workers keep their state; without it the nodes decide.
     """
     text = f"overrides = {_toml(shlex.join(words_for(settings, overrides)))}\n"
     if state_dir is not None:
@@ -96,7 +95,7 @@ def is_complete(settings: Settings) -> bool:
 
 
 def words_for(settings: Settings, overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of the run: those given, with paths that hold in any process."""
+    """Return the given overrides, with paths that are valid in every process."""
     paths = (
         {"resume": settings.resume}
         if settings.resume

@@ -1,9 +1,9 @@
 """A secure federation on one machine: SuperLink, SuperExec and SuperNodes, kept alive.
 
 It differs from a federation of several hosts (docs/deploy.md) only in its addresses: TLS with an
-authority of its own, SuperNodes that prove themselves with registered keys, process isolation and a
-database, so that a run outlives the SuperLink. A keeper starts all processes, starts those again
-that end, and ends everything when it ends.
+authority of its own, SuperNodes that prove themselves with registered keys, process isolation, and
+a database, so that a run survives a restart of the SuperLink. A keeper starts all processes,
+restarts those that end, and ends all of them when it ends itself.
 
     credentials/      see `credentials`        federation.json  ports, nodes, registered node ids
     flower/           Flower's own folder      pids.json        {process: pid}, of the keeper too
@@ -33,7 +33,7 @@ from fomoe_flwr.federation.deployment.credentials import (
     make_secret,
     make_server_certificate,
 )
-from fomoe_flwr.federation.deployment.processes import (
+from fomoe_flwr.federation.deployment.process_family import (
     ProcessError,
     end_family,
     environment,
@@ -72,7 +72,7 @@ class Daemon:
     command: list[str]
     log: Path
     pauses: Sequence[float]
-    """Seconds to wait before the first, second, ... start in a row; the last one holds on."""
+    """Seconds to wait before the first, second, ... restart in a row; the last for all others."""
     process: subprocess.Popen[bytes] | None = None
     failures: int = 0
     due: float = 0.0
@@ -147,13 +147,13 @@ class Loopback:
             raise
 
     def keep(self, stop: threading.Event) -> None:
-        """Start again what ends, and keep logs short, until `stop` is set."""
+        """Restart what ends, and keep logs short, until `stop` is set."""
         while not stop.wait(_LOOK_SECONDS):
             for daemon in self._daemons.values():
                 self._look_after(daemon)
 
     def _wait_for_nodes(self) -> None:
-        """Wait until all nodes are healthy; one that is refused at first is started again."""
+        """Wait until all nodes are healthy; restart those that are refused at first."""
         deadline = time.monotonic() + _ADMISSION_SECONDS
         for node in self._state["nodes"]:
             daemon = self._daemons[node["name"]]
@@ -168,9 +168,9 @@ class Loopback:
                     time.sleep(_LOOK_SECONDS)
 
     def end(self) -> None:
-        """End every process of the federation, the nodes while they can still say goodbye.
+        """End every process of the federation, nodes first, so that they can sign off.
 
-        The SuperLink takes a node that did not for alive, and lets it in again after a minute only.
+        The SuperLink takes a node that did not sign off for alive, and refuses it for a minute.
         """
         nodes = [d.process for name, d in self._daemons.items() if name not in (_LINK, _EXEC)]
         processes = [psutil.Process(p.pid) for p in nodes if p is not None and p.poll() is None]
@@ -278,7 +278,7 @@ class Loopback:
             *("--root-certificates", str(self.credentials / "ca.crt")),
             *("--auth-supernode-private-key", str(self.credentials / node["name"])),
             *("--superlink", self.address),
-            # Its own side, to the apps it starts, is encrypted too.
+            # Its connection to the apps that it starts is encrypted, too.
             *self._certificates(),
             *("--host", _HOST, "--port", str(node["port"])),
             *("--node-config", config.strip()),
@@ -347,7 +347,7 @@ def end_federation(folder: Path) -> int:
 
 
 def _shorten(log: Path) -> None:
-    """Keep a log below twice its limit: move what it has to `.1` while the process goes on."""
+    """Move the content of a long log to `.1` while its process goes on writing."""
     if log.stat().st_size < _LOG_BYTES:
         return
     # The process has the file open: it is copied and emptied, not renamed.

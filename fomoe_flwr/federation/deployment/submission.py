@@ -1,7 +1,7 @@
-"""Submissions: a run given to a SuperLink that is up, followed to its end, and judged truly.
+"""Submissions: runs that are given to a running SuperLink and followed to their end.
 
 `flwr run --stream` exits 0 even when a run failed, and ends when the SuperLink is away for a
-moment. So a submission is followed by its run id, and its end is that which the SuperLink names.
+moment. So a submission is followed by its run id, and the SuperLink is asked how it ended.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fomoe_flwr.config import Settings, load_settings
+from fomoe_flwr.config import Settings, load_settings, quoted
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation.deployment.launch import is_complete, project_root, write_run_config
-from fomoe_flwr.federation.deployment.processes import environment, tool
-from fomoe_flwr.federation.run_config import quoted
+from fomoe_flwr.federation.deployment.process_family import environment, tool
 from fomoe_flwr.run.checkpoint import stored_rounds
 from fomoe_flwr.run.directory import RunDirectory
 
@@ -30,7 +29,7 @@ _AWAY_SECONDS = 900.0
 
 _PAUSE_SECONDS = 4.0
 _LONGEST_PAUSE_SECONDS = 60.0
-"""A node that was killed is let in again after a minute: an attempt then may succeed."""
+"""A node that was killed is let in again after a minute, so an attempt after it may succeed."""
 
 Say = Callable[[str], None]
 
@@ -41,7 +40,7 @@ class SubmissionError(RunError):
 
 @dataclass(frozen=True)
 class SuperLink:
-    """A SuperLink that Flower's configuration in `home` names; `mark` as in `processes`."""
+    """A SuperLink that Flower's configuration in `home` names; `mark` as in `process_family`."""
 
     home: Path
     connection: str
@@ -109,8 +108,8 @@ def run_once(
 ) -> bool:
     """Submit a run and wait for its end; return whether all rounds were done.
 
-    The ServerApp runs on the SuperLink's machine. Where that is this one, the run's own summary
-    decides; elsewhere what the SuperLink says does.
+    The ServerApp runs on the SuperLink's machine. If that is this machine, the run's own summary
+    decides. If not, the SuperLink's status decides.
     """
     run_config = folder / "run_config.toml"
     write_run_config(run_config, settings, overrides)
@@ -132,8 +131,8 @@ def supervise(
 ) -> bool:
     """Submit a run and resume it whenever it ends early; return whether all rounds were done.
 
-    Gives up after `most_failures` attempts in a row that finished no further round. To be called on
-    the SuperLink's machine, where the run directory is.
+    Gives up after `most_failures` attempts in a row that finished no further round. Call it on the
+    SuperLink's machine, because it reads the run directory.
     """
     run = RunDirectory(Path(settings.output_dir))
     failures, words = 0, list(overrides)

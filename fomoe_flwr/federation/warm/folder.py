@@ -52,7 +52,7 @@ class Folder:
         self.check()
 
     def check(self) -> None:
-        """Raise InputError if the folder is not a folder of ours that nobody else can enter."""
+        """Raise InputError unless the folder is ours and nobody else can enter it."""
         try:
             found = self.path.lstat()
         except OSError as error:
@@ -75,7 +75,7 @@ class Folder:
             yield
 
     def open_log(self) -> IO[bytes]:
-        """Open the log of workers started on demand; keep one of the past, so that it ends."""
+        """Open the log of workers started on demand; a long one becomes `.log.1` first."""
         if self.log.is_file() and self.log.stat().st_size > _MOST_LOG_BYTES:
             self.log.replace(self.log.with_suffix(".log.1"))
         return open(self.log, "ab")

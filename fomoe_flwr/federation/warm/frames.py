@@ -13,9 +13,9 @@ from typing import Any
 from fomoe_flwr.errors import RunError
 
 MOST_HEADER_BYTES = 2**28
-"""A header holds settings, counts and, when a node is met, a tokenizer of some megabytes."""
+"""Limit for a header. It holds settings, counts and, in a query, a tokenizer of some megabytes."""
 SHORT_HEADER_BYTES = 2**12
-"""Before a peer has proved who it is."""
+"""Limit for the header of a peer that has not yet proved who it is."""
 
 _LENGTH = struct.Struct(">I")
 _SIZES = "sizes"
@@ -32,7 +32,7 @@ class ClosedError(FrameError):
 
 @dataclass(frozen=True)
 class Frame:
-    """What travels at once."""
+    """One message on the socket."""
 
     fields: Mapping[str, Any]
     """JSON-able."""
@@ -87,7 +87,7 @@ def _read(peer: socket.socket, size: int) -> bytes:
     pieces, left = [], size
     while left:
         try:
-            # Where nothing limits the wait, the kernel fills a whole piece: no second copy.
+            # Without a timeout the kernel fills a whole piece, and no second copy is made.
             piece = peer.recv(min(left, _PIECE_BYTES), socket.MSG_WAITALL)
         except OSError as error:
             raise ClosedError(f"the connection broke: {error.strerror or error}") from error

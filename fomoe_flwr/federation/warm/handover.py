@@ -34,7 +34,7 @@ from fomoe_flwr.federation.warm.handshake import (
 )
 
 START_SECONDS = 60.0
-"""How long a worker may take from its start, by us or by a supervisor, until it listens."""
+"""How long a worker may take until it listens, whether we or a supervisor started it."""
 IDLE_SECONDS = 1800
 MOST_TRIES = 2
 """A task whose worker died is given to its successor once."""
@@ -47,7 +47,7 @@ class NoWorkerError(RunError):
 
 
 class TaskFailedError(RunError):
-    """What the warm worker said about a task that it could not do."""
+    """A task that the warm worker could not do; the text is its reason."""
 
 
 def answer(kind: str, content: RecordDict, context: Context) -> RecordDict:
@@ -112,7 +112,7 @@ class _Door:
         )
 
     def enter(self) -> socket.socket:
-        """Connect to a worker that has greeted us; start one, or wait for one, if need be."""
+        """Return a connection to a worker after the handshake; start or await one if needed."""
         if self.may_start:
             self.folder.create()
         else:
@@ -128,7 +128,7 @@ class _Door:
                     raise
                 problem: Exception = error
             except StrangerError as error:
-                # The token may have been that of the worker before.
+                # The token may have been that of an earlier worker.
                 strangers += 1
                 if strangers > 1:
                     raise
@@ -153,7 +153,7 @@ class _Door:
         except OtherCodeError:
             with peer:
                 if self.may_start:
-                    # It ends after the tasks that it has, and one with our code takes its place.
+                    # It ends after the tasks that it has. One with our code takes its place.
                     _send_home(peer)
             raise
         except BaseException:

@@ -1,10 +1,10 @@
-"""The greeting: both sides prove that they know the token, neither sends it.
+"""The handshake: both sides prove that they know the token, and neither sends it.
 
     worker -> task giver   a nonce
     task giver -> worker   a nonce of its own, and HMAC(token, "giver", both nonces)
     worker -> task giver   HMAC(token, "worker", both nonces), and which code it runs
 
-A worker that runs other code than the task giver would train another model than it says.
+Both must run the same code: otherwise the worker would train another model than the server expects.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation.warm.frames import SHORT_HEADER_BYTES, Frame, receive, send
 
 PROTOCOL = 1
-GREETING_SECONDS = 5.0
-"""For the whole of it; everybody is on one machine."""
+HANDSHAKE_SECONDS = 5.0
+"""Limit for the whole handshake; both sides are on one machine."""
 END = "end"
 """Kind of a task that asks the worker to end."""
 
@@ -53,8 +53,8 @@ def code() -> dict[str, str]:
 
 def greet_as_worker(peer: socket.socket, token: bytes) -> None:
     """Let a task giver in. Raises StrangerError or FrameError."""
-    # For all of it, not for each byte: a peer that dawdles holds up the others.
-    alarm = threading.Timer(GREETING_SECONDS, _hang_up, [peer])
+    # One limit for the whole handshake, not for each byte: a slow peer holds up the others.
+    alarm = threading.Timer(HANDSHAKE_SECONDS, _hang_up, [peer])
     alarm.daemon = True
     alarm.start()
     try:
@@ -72,7 +72,7 @@ def greet_as_worker(peer: socket.socket, token: bytes) -> None:
 
 def greet_as_giver(peer: socket.socket, token: bytes) -> None:
     """Introduce a task giver to a worker. Raises StrangerError, FrameError or OtherCodeError."""
-    peer.settimeout(GREETING_SECONDS)
+    peer.settimeout(HANDSHAKE_SECONDS)
     hello = _short(peer)
     if hello.get("protocol") != PROTOCOL:
         raise StrangerError(f"the warm worker speaks protocol {hello.get('protocol')}")

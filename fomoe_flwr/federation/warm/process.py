@@ -1,4 +1,4 @@
-"""The warm worker itself: a process that takes one task at a time and keeps what tasks share."""
+"""The warm worker: a process that takes one task at a time and keeps what tasks share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fomoe_flwr.federation.warm.handshake import END, StrangerError, code, greet
 Answer = Callable[[RecordDict, Context], RecordDict]
 
 _WAITING_ROOM = 16
-"""Task givers that have been greeted; more are turned away."""
+"""Task givers that may wait after the handshake; more are turned away."""
 _POLL_SECONDS = 1.0
 
 
@@ -38,8 +38,9 @@ def run_warm_worker(
 ) -> None:
     """Take tasks until told to end (SIGTERM, SIGINT), idle for too long, or left alone.
 
-    `idle_seconds=0` waits forever; `with_process` is a process without which there will be no
-    tasks. Raises InputError if the folder is not ours or another worker has it.
+    `idle_seconds=0` waits forever. The worker ends with the process `with_process`, because nobody
+    else gives it tasks; 0 names none. Raises InputError if the folder is not ours or another worker
+    has it.
     """
     folder.create()
     version = code()["version"]  # read now: the modules that are running, not later ones
@@ -53,7 +54,7 @@ def run_warm_worker(
         if with_process:
             _beside(_end_with, with_process)
         _say(f"waiting in {folder.path}, fomoe-flwr {version}")
-        # Imported now, and not when the first task comes: this is what takes seconds.
+        # Imported before the first task comes, because the imports take seconds.
         _work(waiting, answers or _own_answers(), idle_seconds)
     _say("done")
 
@@ -133,7 +134,7 @@ def _work(
 
 
 def _do(peer: socket.socket, task: Frame, answers: Mapping[str, Answer]) -> bool:
-    """Do a task and send its answer; return whether this process is as sound as before."""
+    """Do a task and send its answer; return whether this process may take another one."""
     started, kind, is_sound = time.monotonic(), task.fields.get("kind"), True
     with _alive_with(peer):
         try:
@@ -141,10 +142,10 @@ def _do(peer: socket.socket, task: Frame, answers: Mapping[str, Answer]) -> bool
             if answer is None:
                 raise FrameError(f"a task of kind {kind!r} is not one of {', '.join(answers)}")
             context, content = _context_of(task), [content_of(task)]
-            # Nobody but the answer holds the bytes, so it can let them go.
+            # Now only `content` holds the bytes, so the answer can free them.
             task.blobs.clear()
             reply = frame_of(answer(content.pop(), context), {})
-        except Exception as error:  # whatever it is, the one who waits must hear of it
+        except Exception as error:  # the waiting task giver must hear of every error
             reply = Frame({"error": f"{type(error).__name__}: {one_line(error)}"})
             # A CUDA error poisons the process, a bug may have done so.
             is_sound = isinstance(error, ValueError | RunError)
@@ -174,8 +175,8 @@ def _context_of(task: Frame) -> Context:
 def _alive_with(peer: socket.socket) -> Iterator[None]:
     """End this process if the task giver hangs up: nobody waits for the answer any more.
 
-    Flower ended its own process, so the run was stopped or another round may have begun; a worker
-    that is busy with the old one would only be in the way.
+    In that case Flower has ended its own process. The run was stopped, or another round may have
+    begun, and a worker that is still busy with the old task would only delay it.
     """
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Files of overrides, as `fomoe plan` writes them, on a command line between other overrides."""
+"""Overrides, the words of a command line: read from files, parsed by Hydra's grammar, quoted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
 from fomoe_flwr.config.checks import SettingsError
 from fomoe_flwr.errors import one_line
@@ -32,3 +35,18 @@ def expand_files(words: Iterable[str]) -> list[str]:
             )
         expanded += found
     return expanded
+
+
+def parse_overrides(words: Iterable[str]) -> list[Override]:
+    """Parse words by Hydra's grammar. Raises SettingsError, one line."""
+    try:
+        return OverridesParser.create().parse_overrides(list(words))
+    except HydraException as error:
+        raise SettingsError(one_line(str(error).split("See https://")[0])) from error
+
+
+def quoted(value: object) -> str:
+    """Write a value for Hydra's grammar: text is quoted, so that a path may hold anything."""
+    if not isinstance(value, str):
+        return str(value)
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

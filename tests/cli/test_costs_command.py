@@ -13,9 +13,6 @@ from PIL import Image
 from fomoe_flwr.cli.main import main
 from fomoe_flwr.report.cost_curves import overlaps_of
 
-HEAVY = ("torch", "transformers", "flwr", "numpy", "matplotlib", "ray", "datasets")
-
-
 KEYS = {
     *(f"params/{kind}" for kind in ("total", "active", "shared", "expert", "resident")),
     *(f"bytes/{way}_per_{unit}" for way in ("up", "down") for unit in ("round", "step", "token")),
@@ -24,21 +21,6 @@ KEYS = {
     *("flops/train_per_token", "time/round_seconds", "time/run_seconds"),
     *("speedup/diloco", "speedup/ddp"),
 }
-
-
-@pytest.mark.parametrize("command", ["costs", "plan"])
-def test_the_answer_loads_nothing_heavy(command: str, tmp_path: Path) -> None:
-    sites = tmp_path / "sites.yaml"
-    entry = "{memory_gib: 80, teraflops: 400, up_mbps: 1000, down_mbps: 1000}"
-    sites.write_text(f"sites: [{entry}]")
-    words = ["plan", str(sites)] if command == "plan" else ["costs", "--explain"]
-    code = (
-        "import sys; from fomoe_flwr.cli.main import main;"
-        f"status = main({[*words, 'model=paper-2b']!r});"
-        f"print(status, sorted(set({HEAVY!r}) & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 def test_composing_goes_through_no_preset_that_nobody_asked_for() -> None:

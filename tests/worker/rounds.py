@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from federated import micro
+from micro import micro
 from torch import Tensor
 
-from fomoe_flwr.config import DataSettings, Settings
+from fomoe_flwr.config import Settings
 from fomoe_flwr.data.source import NodeData, prepare_tokenizer
 from fomoe_flwr.data.tokenizer import tokenizer_json
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import StateSpec, state_of
 from fomoe_flwr.worker.cache import CACHE
-from fomoe_flwr.worker.multi_gpu import WorkerTeam
+from fomoe_flwr.worker.multi_gpu import NodeProcesses
 from fomoe_flwr.worker.round import RoundResult, RoundTask, run_round
 
 UNEVEN: Residents = ((0, 1, 2, 4, 5), (3,))
@@ -63,9 +63,9 @@ class Rounds:
         """Train a round in this process."""
         return run_round(task, partial(CACHE.batches, self.data))
 
-    def together(self, task: RoundTask, team: WorkerTeam, count: int = 2) -> RoundResult:
+    def together(self, task: RoundTask, processes: NodeProcesses, count: int = 2) -> RoundResult:
         """Train a round in several processes."""
-        return team.run_round(task, self.data, count)
+        return processes.run_round(task, self.data, count)
 
 
 def assert_close(got: RoundResult, want: RoundResult, tolerance: float = 2e-5) -> None:
@@ -94,6 +94,3 @@ def close_counts(got: Tensor, want: Tensor) -> None:
     """Expect counts that differ by a tie or two."""
     assert got.shape == want.shape
     assert int((got - want).abs().sum()) <= 2
-
-
-__all__ = ["UNEVEN", "DataSettings", "Rounds", "assert_close"]

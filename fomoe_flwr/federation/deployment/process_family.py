@@ -1,7 +1,7 @@
-"""Flower's processes: their environment, their ports, their health and their end.
+"""A family of Flower's processes: its environment, its ports, its health and its end.
 
-Every process of a family carries one mark in its environment, which its children inherit. So a
-family is found and ended to its last member, by pid, even when some of its parents were killed.
+All processes of a family have the same mark in their environment, and their children inherit it.
+So all members can be found and ended by pid, even when some of their parents were killed.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def family(mark: Path) -> list[psutil.Process]:
 
 
 def end_family(mark: Path) -> int:
-    """End a family: politely, then by force; return how many processes that took."""
+    """End a family: politely, then by force; return how many processes were ended."""
     ended = 0
     for number, seconds in ((signal.SIGTERM, _END_SECONDS), (signal.SIGKILL, 3.0)):
         # Twice: a process may have started another one while it was being ended.

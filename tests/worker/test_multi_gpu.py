@@ -16,12 +16,20 @@ from rounds import UNEVEN, Rounds, assert_close
 from fomoe_flwr.data import DataError
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.worker.cache import CACHE
-from fomoe_flwr.worker.multi_gpu import WorkerTeam, team_size
+from fomoe_flwr.worker.multi_gpu import NodeProcesses, num_node_processes
 from fomoe_flwr.worker.round import LostStateError, RoundResult
-from fomoe_flwr.worker.training import TrainingError
+from fomoe_flwr.worker.trainer import TrainingError
 
 WHOLE_MICRO_BATCHES = "local.accumulate=2"
 NONE_IN_A_LAYER: Residents = ((), (0, 3, 5))
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[NodeProcesses]:
+    """Return processes for all tests that do not end them: their start takes seconds."""
+    made = NodeProcesses()
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +59,7 @@ def test_two_processes_give_what_one_gives(
     overrides: tuple[str, ...],
     residents: Residents,
     parallel: str,
-    team: WorkerTeam,
+    processes: NodeProcesses,
     small_text: Path,
     tmp_path: Path,
 ) -> None:
@@ -60,30 +68,30 @@ def test_two_processes_give_what_one_gives(
     two = Rounds(tmp_path / "two", small_text, settings, residents)
     # Two rounds: the second goes on from moments, ages and cursor on the disk.
     for server_round in (1, 2):
-        got = two.together(two.task(server_round), team)
+        got = two.together(two.task(server_round), processes)
         assert_close(got, one.alone(one.task(server_round)))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_parted_micro_batch_is_one_of_fewer_windows(
-    parallel: str, team: WorkerTeam, small_text: Path, tmp_path: Path
+    parallel: str, processes: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     """Its balance loss is that of the part, so a lone process takes smaller ones, and more."""
     settings = (f"local.parallel={parallel}", "balance.loss=0.1")
     parted = Rounds(tmp_path / "two", small_text, (*settings, "local.batch_size=4"))
     smaller = ("local.batch_size=2", "local.accumulate=2")
     small = Rounds(tmp_path / "one", small_text, (*settings, *smaller))
-    assert_close(parted.together(parted.task(1), team), small.alone(small.task(1)))
+    assert_close(parted.together(parted.task(1), processes), small.alone(small.task(1)))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_unequal_parts_weigh_by_their_windows(
-    parallel: str, team: WorkerTeam, small_text: Path, tmp_path: Path
+    parallel: str, processes: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     settings = (f"local.parallel={parallel}", "local.batch_size=5", "balance=off")
     one = Rounds(tmp_path / "one", small_text, settings)
     two = Rounds(tmp_path / "two", small_text, settings)
-    got, want = two.together(two.task(1), team), one.alone(one.task(1))
+    got, want = two.together(two.task(1), processes), one.alone(one.task(1))
     # Without its coefficient the balance loss is still reported, of smaller micro-batches.
     report = replace(got.report, balance_loss=want.report.balance_loss)
     assert_close(replace(got, report=report), want)
@@ -92,7 +100,7 @@ def test_unequal_parts_weigh_by_their_windows(
 @pytest.mark.parametrize("order", ["one two", "two one"])
 @pytest.mark.parametrize("outer", ["average", "local_adamw"])
 def test_the_number_of_processes_may_change_between_rounds(
-    order: str, outer: str, team: WorkerTeam, small_text: Path, tmp_path: Path
+    order: str, outer: str, processes: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     """The layout moves too: kept experts keep their moments, fresh ones are young."""
     settings = ("local.parallel=fsdp", WHOLE_MICRO_BATCHES, f"outer={outer}")
@@ -114,33 +122,33 @@ def test_the_number_of_processes_may_change_between_rounds(
     want = alone.alone(second(alone, alone.alone(alone.task(1))))  # type: ignore[arg-type]
     if order == "one two":
         first = mixed.alone(mixed.task(1))
-        got = mixed.together(second(mixed, first), team)  # type: ignore[arg-type]
+        got = mixed.together(second(mixed, first), processes)  # type: ignore[arg-type]
     else:
-        first = mixed.together(mixed.task(1), team)
+        first = mixed.together(mixed.task(1), processes)
         got = mixed.alone(second(mixed, first))  # type: ignore[arg-type]
     assert got.num_fresh_experts == 3
     assert_close(got, want)
 
 
 def test_fragments_go_on_from_weights_that_two_processes_left(
-    team: WorkerTeam, small_text: Path, tmp_path: Path
+    processes: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     settings = ("local.parallel=fsdp", WHOLE_MICRO_BATCHES, "outer.fragments=2")
     one = Rounds(tmp_path / "one", small_text, settings)
     two = Rounds(tmp_path / "two", small_text, settings)
     first = one.spec.fragment(0, 2)
     more = {
-        "part": first,
+        "fragment": 0,
         "shared": first.pack_shared(one.state),
         "experts": first.pack_experts(one.state, UNEVEN),
     }
-    assert_close(two.together(two.task(1), team), one.alone(one.task(1)))
-    assert_close(two.together(two.task(2, **more), team), one.alone(one.task(2, **more)))
+    assert_close(two.together(two.task(1), processes), one.alone(one.task(1)))
+    assert_close(two.together(two.task(2, **more), processes), one.alone(one.task(2, **more)))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_choices_and_pooled_shares_reach_all_processes(
-    parallel: str, team: WorkerTeam, small_text: Path, tmp_path: Path
+    parallel: str, processes: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     settings = (f"local.parallel={parallel}", WHOLE_MICRO_BATCHES, "balance=pooled")
     one = Rounds(tmp_path / "one", small_text, settings)
@@ -150,7 +158,7 @@ def test_choices_and_pooled_shares_reach_all_processes(
         "probe": torch.randint(0, 256, (5, 8)),
         "pooled_share": torch.softmax(torch.randn(2, 6), -1),
     }
-    got = two.together(two.task(1, **more), team)
+    got = two.together(two.task(1, **more), processes)
     want = one.alone(one.task(1, **more))
     assert_close(got, want)
     assert got.choices is not None
@@ -160,20 +168,20 @@ def test_choices_and_pooled_shares_reach_all_processes(
 
 
 def test_the_processes_are_kept_from_round_to_round(
-    team: WorkerTeam, small_text: Path, tmp_path: Path
+    processes: NodeProcesses, small_text: Path, tmp_path: Path
 ) -> None:
     rounds = Rounds(tmp_path, small_text, ("local.parallel=ddp",))
-    rounds.together(rounds.task(1), team)
-    pids = team.pids
-    rounds.together(rounds.task(2), team)
-    assert team.pids == pids
+    rounds.together(rounds.task(1), processes)
+    pids = processes.pids
+    rounds.together(rounds.task(2), processes)
+    assert processes.pids == pids
     assert len(pids) == 2
     assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
 
 
 def test_without_gpus_a_round_stays_in_one_process(small_text: Path, tmp_path: Path) -> None:
-    assert team_size(Rounds(tmp_path, small_text).task(1)) == 1
-    assert team_size(Rounds(tmp_path, small_text, ("local.processes=2",)).task(1)) == 2
+    assert num_node_processes(Rounds(tmp_path, small_text).task(1)) == 1
+    assert num_node_processes(Rounds(tmp_path, small_text, ("local.processes=2",)).task(1)) == 2
 
 
 @pytest.mark.slow
@@ -192,31 +200,31 @@ def test_errors_of_a_round_keep_their_class_and_text(
     small_text: Path,
     tmp_path: Path,
 ) -> None:
-    team = WorkerTeam()
+    processes = NodeProcesses()
     rounds = Rounds(tmp_path, small_text, ("local.parallel=ddp", *overrides))
     more: dict[str, object] = {}
     if error is LostStateError:
         part = rounds.spec.fragment(0, 2)
         more = {
-            "part": part,
+            "fragment": 0,
             "shared": part.pack_shared(rounds.state),
             "experts": part.pack_experts(rounds.state, UNEVEN),
         }
     with pytest.raises(error, match=f"process [01] of 2 raised {error.__name__}: "):
-        rounds.together(rounds.task(server_round, **more), team)
-    assert team.pids == []
+        rounds.together(rounds.task(server_round, **more), processes)
+    assert processes.pids == []
 
 
 @pytest.mark.slow
 def test_the_round_after_a_killed_process_starts_new_ones(small_text: Path, tmp_path: Path) -> None:
-    team = WorkerTeam()
+    processes = NodeProcesses()
     rounds = Rounds(tmp_path, small_text, ("local.parallel=ddp",))
     try:
-        rounds.together(rounds.task(1), team)
-        first = team.pids
+        rounds.together(rounds.task(1), processes)
+        first = processes.pids
         os.kill(first[1], signal.SIGKILL)
         psutil.Process(first[1]).wait(10)
-        rounds.together(rounds.task(2), team)
-        assert not set(first) & set(team.pids)
+        rounds.together(rounds.task(2), processes)
+        assert not set(first) & set(processes.pids)
     finally:
-        team.close()
+        processes.close()

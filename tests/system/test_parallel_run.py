@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from fomoe_flwr.cli.main import main
-from fomoe_flwr.worker.multi_gpu import TEAM
+from fomoe_flwr.worker.multi_gpu import NODE_PROCESSES
 
 
 @pytest.fixture(autouse=True)
 def _no_processes_left() -> Iterator[None]:
     yield
-    TEAM.close()
+    NODE_PROCESSES.close()
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_a_run_in_two_processes_has_the_history_of_one(
         assert main([*words, f"output_dir={tmp_path / name}", *more]) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         histories.append([json.loads(line) for line in lines])
-    assert len(TEAM.pids) == 2
+    assert len(NODE_PROCESSES.pids) == 2
     one, two = histories
     assert len(one) == len(two)
     for want, got in zip(one, two, strict=True):

@@ -1,0 +1,1 @@
+"""What `validate.py` compares: predictions of the cost model with measurements."""
