@@ -19,8 +19,8 @@ from fomoe_flwr.config.compose import (
     find_run,
     is_run,
     load_settings,
+    paper_rows_known,
     read_settings,
-    register_paper_rows,
     settings_from_dict,
 )
 from fomoe_flwr.config.overrides import expand_files, parse_overrides, quoted

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -68,17 +69,24 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
     return settings
 
 
-@cache
-def register_paper_rows() -> None:
-    """Make `paper=<row>` known to Hydra, once.
+@contextmanager
+def paper_rows_known(words: Iterable[str]) -> Iterator[None]:
+    """Make `paper=<row>` known to Hydra for a while, if a word asks for one.
 
-    Called only when a row is asked for: Hydra goes through all presets that it knows whenever it
-    composes, and 180 of them take longer than everything else.
+    Hydra copies all presets that it knows whenever it composes, and 180 of them take longer than
+    everything else.
     """
+    known = ConfigStore.instance()
+    asked = any(word.lstrip("+").startswith("paper=") for word in words)
+    if not asked or "paper" in known.repo:
+        yield
+        return
     for row in ROWS:
-        ConfigStore.instance().store(
-            group="paper", name=row.name, package="_global_", node=row.node()
-        )
+        known.store(group="paper", name=row.name, package="_global_", node=row.node())
+    try:
+        yield
+    finally:
+        del known.repo["paper"]
 
 
 def is_run(folder: Path) -> bool:
@@ -160,10 +168,9 @@ def _explain(error: OmegaConfBaseException) -> SettingsError:
 def _composed(overrides: Sequence[str]) -> Settings:
     # Flower's simulation actors and in-process runs reuse processes, and Hydra's state is global.
     GlobalHydra.instance().clear()
-    if any(word.lstrip("+").startswith("paper=") for word in overrides):
-        register_paper_rows()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        folder = initialize_config_dir(str(conf_dir()), version_base="1.3")
+        with folder, paper_rows_known(overrides):
             composed = compose("config", overrides=list(overrides))
     except MissingConfigException as error:
         raise _unknown_choice(error) from error

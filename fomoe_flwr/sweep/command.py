@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fomoe_flwr.config import SettingsError, conf_dir, parse_overrides, quoted, register_paper_rows
+from fomoe_flwr.config import SettingsError, conf_dir, paper_rows_known, parse_overrides, quoted
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.job import end_if_running, run_job
 from fomoe_flwr.sweep.plan import Plan, drawn_job, plan_sweep
@@ -119,12 +119,15 @@ def _refuse(plan: Plan, skip_invalid: bool) -> None:
 
 def _launch(plan: Plan, directory: SweepDirectory) -> bool:
     """Let Hydra's sweeper and launcher run the jobs; return whether they got through."""
-    register_paper_rows()
+    main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="sweep")
     given = sys.argv
     sys.argv = ["fomoe-sweep", "--multirun", f"hydra.sweep.dir={quoted(str(directory.path))}"]
     sys.argv += [*plan.launcher, *plan.words]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="sweep")(train)()
+        with paper_rows_known(plan.words):
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="sweep")(
+                train
+            )()
     except SystemExit as status:
         # Hydra has printed why.
         return not status.code
