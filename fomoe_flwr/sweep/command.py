@@ -125,9 +125,7 @@ def _launch(plan: Plan, directory: SweepDirectory) -> bool:
     sys.argv += [*plan.launcher, *plan.words]
     try:
         with paper_rows_known(plan.words):
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="sweep")(
-                train
-            )()
+            main(train)()
     except SystemExit as status:
         # Hydra has printed why.
         return not status.code
