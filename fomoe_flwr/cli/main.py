@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = _run(options)
     except BaseException as error:
-        status = error.code if isinstance(error, SystemExit) else 1
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            status = error.code
         events.tell_if_json("error", f"{type(error).__name__}: {error}")
         raise
     finally:

@@ -1,7 +1,7 @@
 """The two output streams of a command: whatever becomes of them, printing never raises.
 
-A reader that went away (`| head`), a full disk, a closed descriptor, a console that knows ASCII only:
-the command goes on, and training with it.
+A reader that went away (`| head`), a full disk, a closed descriptor, a console that knows only
+ASCII: the command goes on, and training with it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import os
 import select
 import sys
+from typing import Any
 
 from fomoe_flwr.events import without_colours
 
@@ -31,13 +32,13 @@ class _Descriptor(io.FileIO):
 
 
 class _Stream(io.TextIOWrapper):
-    """Text to a descriptor: what its encoding lacks is escaped, and colours go to terminals only."""
+    """Text to a descriptor: what its encoding lacks is escaped; only terminals get colours."""
 
     def __init__(self, number: int, encoding: str) -> None:
         self.descriptor = _Descriptor(number, "wb", closefd=False)
-        # Of its own line when others write there too, and at once: a log is followed.
+        raw: Any = self.descriptor
         super().__init__(
-            io.BufferedWriter(self.descriptor),
+            io.BufferedWriter(raw),
             encoding,
             "backslashreplace",
             line_buffering=number == 2 or self.descriptor.isatty(),

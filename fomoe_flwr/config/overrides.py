@@ -87,9 +87,8 @@ def refuse_option(word: str) -> None:
         raise SettingsError(f"{word} belongs to fomoe sweep: type fomoe sweep KEY=VALUE,VALUE")
     name, equals, value = word.lstrip("-").partition("=")
     if equals or "." in name or name in {item.name for item in fields(Settings)}:
-        raise SettingsError(
-            f"{word} is no option, and settings have no dashes: type {_plain(name, value or 'VALUE')}"
-        )
+        typed = _plain(name, value or "VALUE")
+        raise SettingsError(f"{word} is no option, and settings have no dashes: type {typed}")
 
 
 def _advice(words: list[str], place: int) -> str:
@@ -112,6 +111,8 @@ def _advice(words: list[str], place: int) -> str:
             return f"{word} has no =: type {_plain(key, value if colon and value else 'VALUE')}"
     if not re.fullmatch(_KEY, key, re.ASCII):
         return f"{word}: {key!r} is no name of a setting: type KEY=VALUE, e.g. rounds=2"
+    if not word.isprintable():
+        return f"{word!r}: line breaks and tabs need quotes, for the shell and around the value"
     if value.startswith("="):
         return f"{word} has more than one =: type {_plain(key, value.lstrip('='))}"
     return f"{word} needs quotes around its value: type {_typed(key, value)}"
@@ -134,4 +135,6 @@ def quoted(value: object) -> str:
     """Write a value for Hydra's grammar: text is quoted, so that a path may hold anything."""
     if not isinstance(value, str):
         return str(value)
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Only before a quote, or at the end, is a backslash more than itself.
+    escaped = re.sub(r"\\+(?='|\Z)", lambda found: found[0] * 2, value)
+    return "'" + escaped.replace("'", "\\'") + "'"

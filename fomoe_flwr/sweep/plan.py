@@ -99,8 +99,8 @@ def plan_sweep(words: Sequence[str]) -> Plan:
             override.key_or_group,
         ):
             raise SettingsError(
-                f"{override.input_line} is at odds with a sweep, which sets Hydra's folders and mode "
-                "itself; hydra.launcher and hydra.sweeper are free, and --dir names the folder"
+                f"{override.input_line} is at odds with a sweep, which sets Hydra's folders and "
+                "mode itself; hydra.launcher and hydra.sweeper are free, and --dir names the folder"
             )
     for override in settings:
         if override.key_or_group in _OWNED:
