@@ -39,7 +39,7 @@ def add_log_format(parser: argparse.ArgumentParser) -> None:
         "--log-format",
         choices=("text", "json"),
         default="json" if os.environ.get(events.VARIABLE) == "json" else "text",
-        help="json: one object a line on stdout, see docs/reference/runs.md",
+        help="json: one object a line on stdout, see docs/how-to.md",
     )
 
 
