@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from fomoe_flwr.errors import InputError
+
+_MADE = ".made-by-fomoe"
+"""In a folder that a command made: the names of all that it wrote there."""
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -60,6 +65,60 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_folder(path: Path, option: str, names: Iterable[str] | None = None) -> None:
+    """Refuse a folder that a person gave, unless it is new, empty or made by the same command.
+
+    It is the command's own if it holds nothing but `names`; without them its mark names them.
+    Raises InputError.
+    """
+    reason = ""
+    try:
+        if path.is_symlink():
+            reason = "is a symbolic link"
+        elif path.exists() and not path.is_dir():
+            reason = "is a file"
+        elif path.is_dir():
+            known = {*names} if names is not None else _marked(path)
+            strange = sorted({item.name for item in path.iterdir()} - known)
+            if strange:
+                reason = f"holds {strange[0]}, which this command did not write"
+            elif names is None and Path.cwd().is_relative_to(path.resolve()):
+                reason = "is the current folder"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    if reason:
+        raise InputError(f"{option} {path} {reason}: name a new or an empty folder")
+
+
+def check_file(path: Path, option: str, start: str) -> None:
+    """Refuse a file that exists, unless its text starts as this command's does.
+
+    Raises InputError.
+    """
+    try:
+        if not (path.exists() or path.is_symlink()):
+            return
+        is_own = path.is_file() and not path.is_symlink()
+        is_own = is_own and path.read_bytes().startswith(start.encode())
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be read: {error.strerror}") from error
+    if not is_own:
+        raise InputError(f"{option} {path} is not this command's: name a new file")
+
+
+def mark_folder(path: Path) -> None:
+    """Write down what a command put into a folder, so that `check_folder` knows it."""
+    names = sorted({item.name for item in path.iterdir()} | {_MADE})
+    (path / _MADE).write_text(json.dumps(names) + "\n", encoding="utf-8")
+
+
+def _marked(path: Path) -> set[str]:
+    try:
+        return set(json.loads((path / _MADE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def make_folder(path: Path) -> None:

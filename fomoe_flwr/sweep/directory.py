@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fomoe_flwr.config import SettingsError
+from fomoe_flwr.files import check_folder
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.sweep.job import JobRecord, read_record
 from fomoe_flwr.sweep.plan import Job, Plan
@@ -54,6 +55,8 @@ class SweepDirectory:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Keep other sweeps out of this directory. Raises SettingsError."""
+        if not self.is_sweep:
+            check_folder(self.path, "--dir", [".lock", self.jobs.name])
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")

@@ -46,7 +46,7 @@ from fomoe_flwr.federation.deployment.process_family import (
 )
 from fomoe_flwr.federation.deployment.submission import SuperLink
 from fomoe_flwr.federation.warm.folder import MOST_FOLDER_BYTES
-from fomoe_flwr.files import append_line, save_json, save_text
+from fomoe_flwr.files import append_line, check_folder, save_json, save_text
 
 CONNECTION = "fomoe"
 """Name of the SuperLink in Flower's configuration."""
@@ -186,7 +186,14 @@ class Loopback:
         """Return {process: pid} as last written down; empty if the federation is not up."""
         return {name: int(pid) for name, pid in _read_json(self.folder / "pids.json").items()}
 
+    def check(self) -> None:
+        """Refuse a folder with anything in it that no federation wrote. Raises InputError."""
+        if not (self.folder / "federation.json").is_file():
+            names = ("keeper.log", "pids.json", self.home.name, "credentials", self._logs.name)
+            check_folder(self.folder, "FOLDER", names)
+
     def _claim(self) -> None:
+        self.check()
         if family(self.folder):
             raise FederationFolderError(
                 f"{self.folder} is up already: end it with `fomoe federation down {self.folder}`"
