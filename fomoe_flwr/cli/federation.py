@@ -119,7 +119,7 @@ def _up(options: argparse.Namespace) -> int:
 
 def _detach(options: argparse.Namespace) -> int:
     """Start the keeper as a process of its own; return when its nodes are up."""
-    _loopback(options).check()
+    _loopback(options)  # Refuses a folder of somebody else's before anything is written.
     folder = options.folder.expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "fomoe_flwr.cli", "federation", "up", str(folder)]

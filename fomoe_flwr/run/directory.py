@@ -145,7 +145,7 @@ def claim_output_dir(settings: Settings) -> None:
         ) from error
     taken = RunDirectory(path)
     if not settings.resume and (taken.metrics.exists() or stored_rounds(taken.checkpoints)):
+        way_on = f", or resume={path} to go on with it" if stored_rounds(taken.checkpoints) else ""
         raise SettingsError(
-            f"output_dir={path} already holds a run: give another output_dir, "
-            f"or resume={path} to go on with it"
+            f"output_dir={path} already holds a run: give another output_dir{way_on}"
         )

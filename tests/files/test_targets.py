@@ -14,6 +14,15 @@ from fomoe_flwr.files import check_file, check_folder, mark_folder, save_text
 from fomoe_flwr.run.directory import RunDirectory
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path_factory.mktemp("runs") / "run")
+    words = ["engine=in_process", "preset=tiny", "rounds=1", "local.steps=1", "local.device=cpu"]
+    words += [f"data.path={small_text}", "eval.max_tokens=512", f"output_dir={run.path}"]
+    assert main(["run", *words]) == 0
+    return run
+
+
 def _folder(path: Path) -> None:
     path.mkdir()
     save_text("mine", path / "thesis.txt")

@@ -106,6 +106,7 @@ class Loopback:
         self.home = self.folder / "flower"
         self.credentials = self.folder / "credentials"
         self._logs = self.folder / "logs"
+        self.check()
         self._state = _read_json(self.folder / "federation.json")
 
     @property
@@ -193,7 +194,6 @@ class Loopback:
             check_folder(self.folder, "FOLDER", names)
 
     def _claim(self) -> None:
-        self.check()
         if family(self.folder):
             raise FederationFolderError(
                 f"{self.folder} is up already: end it with `fomoe federation down {self.folder}`"
