@@ -84,10 +84,13 @@ def of_family() -> Callable[[ModelSettings, str], ModelSettings]:
 
 @pytest.fixture
 def words(small_text: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the command of a small run, without plots: they take longer than the run."""
+    """Return the command of a small run, without what takes longer than it."""
+    from fomoe_flwr import files
     from fomoe_flwr.report import live
 
     monkeypatch.setattr(live, "write_report", lambda run: [])
+    # No power cut is expected here.
+    monkeypatch.setattr(files, "_flush", lambda path: None)
     return [
         "run",
         "preset=tiny",

@@ -90,11 +90,11 @@ def timed_case(words: str) -> TimedCase:
     settings = settings_of(f"{words} local.steps={STEPS}")
     worker = LocalWorker(settings, first_layout(settings).of_worker(0))
     worker.train()
-    model, local = settings.model, settings.local
+    model = settings.model
     executed = costs.executed_experts(model, first_layout(settings))[0]
     if model.routing == "skip_token":
         # Untrained routers are not even; the model takes the measured share of residents.
         executed = model.top_k * (1 - worker.probe.counts.ghost_fraction)
-    tokens = local.batch_size * local.accumulate * settings.data.sequence_length
+    tokens = settings.tokens_per_worker_step
     flops = tokens * costs.token_flops(model, settings.data.sequence_length, executed).train
     return TimedCase(words, worker, flops, worker.state_bytes())

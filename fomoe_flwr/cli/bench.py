@@ -57,10 +57,9 @@ def _bench_step(options: argparse.Namespace) -> int:
     from fomoe_flwr import report
     from fomoe_flwr.files import save_json
     from fomoe_flwr.worker import step_benchmark
-    from fomoe_flwr.worker.round import pick_device
+    from fomoe_flwr.worker.device import check_device, pick_device
 
-    if settings.local.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("local.device=cuda but torch sees no GPU: use auto or cpu")
+    check_device(settings.local)
     if settings.local.threads:
         torch.set_num_threads(settings.local.threads)
     result = step_benchmark.measure(

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fomoe_flwr.config import Settings
+from fomoe_flwr.config import RoutingMode, Settings
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.model import routing_metrics as measure
 from fomoe_flwr.model.router_probe import RoutingCounts, chosen_experts
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.parameters.fragments import fragment_of_round
-from fomoe_flwr.parameters.keys import RoutingMode, is_router_key, layer_of
+from fomoe_flwr.parameters.keys import is_router_key, layer_of
 
 Columns = dict[str, list[float]]
 """Name of a measure -> one number for each layer."""

@@ -20,13 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fomoe_flwr.config import LocalSettings
+from fomoe_flwr.config import LocalSettings, RoutingMode
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.shards import FullTensors, local, parted_like, rows_here, whole
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.model.tensor_files import save_tensors
 from fomoe_flwr.parameters.fragments import MOMENTS as _MOMENTS
-from fomoe_flwr.parameters.keys import RoutingMode, is_expert_key, layer_of
+from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 from fomoe_flwr.worker.state_files import WEIGHTS
 
 _NEGLIGIBLE = 1e-6

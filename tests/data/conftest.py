@@ -1,11 +1,9 @@
-"""Shared by the data tests: offline, one small tokenizer, one way to make settings."""
+"""Shared by the data tests: the embedded text, and a small tokenizer of it."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from fomoe_flwr import costs
-from fomoe_flwr.config import LocalSettings, ModelSettings
+from fomoe_flwr.config import LocalSettings, ModelSettings, RoutingMode
 from fomoe_flwr.errors import InputError
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.families import FAMILIES, model_class, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, moe_blocks
 from fomoe_flwr.model.state import load_state, state_of
-from fomoe_flwr.parameters.keys import RoutingMode, is_expert_key, layer_of
+from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 from fomoe_flwr.worker.optimizer import make_optimizer
 from fomoe_flwr.worker.trainer import token_loss
 

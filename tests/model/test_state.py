@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from micro import micro_model
 from torch import Tensor
 
-from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.config import ModelSettings, RoutingMode
 from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import Entry, StateSpec, load_state, overlay, state_of
-from fomoe_flwr.parameters.keys import RoutingMode
 from fomoe_flwr.parameters.shapes import buffer_shapes, parameter_shapes
 
 SHAPE = micro_model(num_experts=5)  # An odd number: no layout is even.

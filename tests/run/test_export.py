@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from fomoe_flwr.cli.main import main
 from fomoe_flwr.model.families import model_class
+from fomoe_flwr.report import live
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.stored import StoredRun
 
@@ -37,29 +39,30 @@ FAMILIES = {
 
 STRANGER = """
 import json, sys
-sys.path[:] = [entry for entry in sys.path if entry not in ("", sys.argv[4])]
+sys.path[:] = [entry for entry in sys.path if entry not in ("", sys.argv[1])]
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, ids_file, logits_file = sys.argv[1:4]
-model, loading = AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=sys.argv[5] == "own"
-)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=sys.argv[5] == "own")
-ids = torch.from_numpy(np.load(ids_file))
-with torch.no_grad():
-    np.save(logits_file, model(input_ids=ids).logits.numpy())
-prompt = tokenizer("The quick brown fox", return_tensors="pt")
-text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
-print(json.dumps({
-    "text": text,
-    "class": type(model).__name__,
-    "loading": {key: sorted(map(str, value)) for key, value in loading.items()},
-    "ours": [name for name in sys.modules if name.startswith("fomoe")],
-    "back": tokenizer.decode(tokenizer("Hello, world! \\u00e9")["input_ids"]),
-    "eos": tokenizer.eos_token_id == model.config.eos_token_id,
-}))
+for line in sys.stdin:
+    folder, ids_file, logits_file, kind = json.loads(line)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=kind == "own"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=kind == "own")
+    ids = torch.from_numpy(np.load(ids_file))
+    with torch.no_grad():
+        np.save(logits_file, model(input_ids=ids).logits.numpy())
+    prompt = tokenizer("The quick brown fox", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
+    print(json.dumps({
+        "text": text,
+        "class": type(model).__name__,
+        "loading": {key: sorted(map(str, value)) for key, value in loading.items()},
+        "ours": [name for name in sys.modules if name.startswith("fomoe")],
+        "back": tokenizer.decode(tokenizer("Hello, world! \\u00e9")["input_ids"]),
+        "eos": tokenizer.eos_token_id == model.config.eos_token_id,
+    }), flush=True)
 """
 
 
@@ -78,38 +81,58 @@ def words(small_text: Path, out: Path) -> list[str]:
     ]
 
 
-def open_elsewhere(
-    run: RunDirectory, folder: Path, ids: torch.Tensor, cwd: Path, kind: str = "stock"
-) -> Any:
-    """Load `folder` in a process that knows nothing of this package; return (words, logits)."""
-    np.save(cwd / "ids.npy", ids.numpy())
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-I",
-            "-c",
-            STRANGER,
-            str(folder),
-            str(cwd / "ids.npy"),
-            str(cwd / "logits.npy"),
-            str(Path(__file__).resolve().parents[2]),
-            kind,
-        ],
-        cwd=cwd,
-        env=environment | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cwd / "modules")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), np.load(cwd / "logits.npy")
+class Stranger:
+    """A process that knows nothing of this package. It opens one export after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        self._log = folder / "stderr"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", STRANGER, str(Path(__file__).resolve().parents[2])],
+                cwd=folder,
+                env=environment | {"HF_MODULES_CACHE": str(folder / "modules")},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def open(self, export: Path, ids: torch.Tensor, cwd: Path, kind: str) -> Any:
+        """Load an export; return what there is to say about it, and its logits."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        np.save(cwd / "ids.npy", ids.numpy())
+        paths = [str(path) for path in (export, cwd / "ids.npy", cwd / "logits.npy")]
+        self._process.stdin.write(json.dumps([*paths, kind]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, self._log.read_text("utf-8")
+        return json.loads(answer), np.load(cwd / "logits.npy")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stranger]:
+    """Return one stranger for all exports: its imports take longer than the rest."""
+    started = Stranger(tmp_path_factory.mktemp("stranger"))
+    yield started
+    started.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stranger_loads_the_export_and_gets_our_logits(
-    family: str, small_text: Path, tmp_path: Path
+    family: str,
+    stranger: Stranger,
+    small_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Plots take longer than this run.
+    monkeypatch.setattr(live, "write_report", lambda run: [])
     run = RunDirectory(tmp_path / "run")
     assert main([*words(small_text, run.path), *FAMILIES[family]]) == 0
     stored = StoredRun(run.path)
@@ -121,7 +144,7 @@ def test_a_stranger_loads_the_export_and_gets_our_logits(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     kind = "own" if family == "fomoe" else "stock"
-    said, theirs = open_elsewhere(run, run.export, ids, elsewhere, kind)
+    said, theirs = stranger.open(run.export, ids, elsewhere, kind)
 
     assert ours.shape == (3, 33, stored.settings.model.vocab_size)
     assert float(np.abs(ours - theirs).max()) <= 1e-5

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fomoe_flwr.config import LocalSettings
+from fomoe_flwr.config import LocalSettings, RoutingMode
 from fomoe_flwr.model.residency import Residents
-from fomoe_flwr.parameters.keys import RoutingMode
 from fomoe_flwr.worker.inner_state import InnerState
 from fomoe_flwr.worker.optimizer import make_optimizer
 
