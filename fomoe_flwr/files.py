@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,10 +22,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file under a temporary name, then give it its name, durably."""
     draft = _draft_of(path)
     try:
-        write(draft)
-        _flush(draft)
-        os.replace(draft, path)
-        _flush(path.parent)
+        with _naming(path, draft):
+            write(draft)
+            _flush(draft)
+            os.replace(draft, path)
+            _flush(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -41,28 +44,30 @@ def save_json(value: Any, path: Path) -> None:
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Add one JSON object as a line, durably."""
     is_new = not path.exists()
-    with path.open("a", encoding="utf-8") as sink:
-        sink.write(json.dumps(dict(value)) + "\n")
-    _flush(path)
-    if is_new:
-        _flush(path.parent)
+    with _naming(path, path):
+        with path.open("a", encoding="utf-8") as sink:
+            sink.write(json.dumps(dict(value)) + "\n")
+        _flush(path)
+        if is_new:
+            _flush(path.parent)
 
 
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a folder under a temporary name, then give it its name; replaces an older one."""
     draft = _draft_of(path)
-    draft.mkdir(parents=True)
     try:
-        fill(draft)
-        # Folders too: a file that is on the disk without its name is lost.
-        for item in (*draft.rglob("*"), draft):
-            _flush(item)
-        old = _draft_of(path)
-        if path.exists():
-            path.rename(old)
-        draft.rename(path)
-        _flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with _naming(path, draft):
+            draft.mkdir(parents=True)
+            fill(draft)
+            # Folders too: a file that is on the disk without its name is lost.
+            for item in (*draft.rglob("*"), draft):
+                _flush(item)
+            old = _draft_of(path)
+            if path.exists():
+                path.rename(old)
+            draft.rename(path)
+            _flush(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -108,6 +113,11 @@ def check_file(path: Path, option: str, start: str) -> None:
         raise InputError(f"{option} {path} is not this command's: name a new file")
 
 
+def is_marked(path: Path) -> bool:
+    """Tell whether a command marked this folder as made by it."""
+    return (path / _MADE).is_file()
+
+
 def mark_folder(path: Path) -> None:
     """Write down what a command put into a folder, so that `check_folder` knows it."""
     names = sorted({item.name for item in path.iterdir()} | {_MADE})
@@ -148,6 +158,20 @@ def remove_drafts(folder: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path, draft: Path) -> Iterator[None]:
+    """Let an OSError name `path`, not its draft; make one of what libraries in Rust raise."""
+    try:
+        yield
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        named = str(getattr(error, "filename", None) or draft)
+        if number is None or not named.startswith(str(draft)):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _draft_of(path: Path) -> Path:

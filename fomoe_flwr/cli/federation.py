@@ -101,7 +101,9 @@ def _loopback(options: argparse.Namespace) -> Loopback:
     from fomoe_flwr.federation.deployment.loopback import Loopback
 
     count = max(options.nodes, len(options.node))
-    return Loopback(options.folder, [*options.node, *[""] * (count - len(options.node))])
+    federation = Loopback(options.folder, [*options.node, *[""] * (count - len(options.node))])
+    federation.check()
+    return federation
 
 
 def _up(options: argparse.Namespace) -> int:
@@ -147,8 +149,9 @@ def _down(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    settings = _settings(options)
+    # In this order: the run directory may lie in the federation's folder.
     federation, stop = _loopback(options), threading.Event()
+    settings = _settings(options)
     federation.up()
     keeper = threading.Thread(target=federation.keep, args=[stop], daemon=True)
     keeper.start()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from fomoe_flwr import __version__
 from fomoe_flwr.cli import bench, estimate, federation, inspect_run, train
-from fomoe_flwr.errors import InputError, RunError
+from fomoe_flwr.errors import InputError, RunError, refusal
 
 _COMMANDS = (
     train.add_run,
@@ -50,9 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}: make room or permit it", file=sys.stderr)
+        print(f"error: {refusal(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # `Path.expanduser` has no narrower class.
+            raise
+        print("error: ~ stands for no folder that is known: write it out", file=sys.stderr)
+        return 2
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

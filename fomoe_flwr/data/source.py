@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fomoe_flwr.config import DataSettings, LocalSettings, Settings
 from fomoe_flwr.data import DataError
 from fomoe_flwr.data.batches import Batches, BlockBatches, StreamBatches
-from fomoe_flwr.data.cache import cache_dir
+from fomoe_flwr.data.cache import cache_dir, cached_at
 from fomoe_flwr.data.corpus import Split, fingerprint, read_documents
 from fomoe_flwr.data.partition import partition_blocks
 from fomoe_flwr.data.stream import heldout_documents, open_stream, row_text
@@ -137,8 +137,9 @@ def _trained_tokenizer(data: DataSettings, vocab_size: int) -> PreTrainedTokeniz
         pass  # Absent or damaged: it is made anew.
     texts = [document.text for document in read_documents(data, "train")]
     tokenizer = train_tokenizer(texts, vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = tokenizer_json(tokenizer)
-    save_text(text, path)
-    save_text(sha256(text.encode()).hexdigest(), seal)
+    with cached_at(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_text(text, path)
+        save_text(sha256(text.encode()).hexdigest(), seal)
     return tokenizer

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from fomoe_flwr import costs
 from fomoe_flwr.config import Settings
-from fomoe_flwr.files import check_folder
+from fomoe_flwr.files import check_folder, mark_folder
 from fomoe_flwr.layout import Layout, draw_layout
 
 BANDWIDTHS_MBPS = tuple(10 ** (n / 3) for n in range(3, 19))
@@ -34,7 +34,7 @@ def draw_costs(settings: Settings, folder: Path) -> list[Path]:
         ("time", _time),
         ("ghosts", _ghosts),
     )
-    check_folder(folder, "--sweep", [f"{name}.png" for name, _ in pictures])
+    check_folder(folder, "--sweep")
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in pictures:
         figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=130)
@@ -46,6 +46,7 @@ def draw_costs(settings: Settings, folder: Path) -> list[Path]:
         path = folder / f"{name}.png"
         figure.savefig(path)
         drawn.append(path)
+    mark_folder(folder)
     return drawn
 
 

@@ -70,8 +70,7 @@ class StoredRun:
     def export(self, target: Path | None = None) -> Path:
         """Write a transformers checkpoint and return its folder."""
         path = (target or self.run.export).expanduser()
-        if path.resolve() != self.run.export.resolve() or path.is_symlink():
-            check_folder(path, "--to")
+        check_folder(path, "--to")
         path = path.resolve()
         export_model(self.model, self.tokenizer, path)
         return path

@@ -106,7 +106,6 @@ class Loopback:
         self.home = self.folder / "flower"
         self.credentials = self.folder / "credentials"
         self._logs = self.folder / "logs"
-        self.check()
         self._state = _read_json(self.folder / "federation.json")
 
     @property
@@ -339,6 +338,8 @@ class Loopback:
 def end_federation(folder: Path) -> int:
     """End whatever runs of the federation in `folder`, its keeper first; return how many."""
     folder = folder.expanduser().resolve()
+    if not (folder / "federation.json").is_file():
+        raise FederationFolderError(f"{folder} is no federation: it has no federation.json")
     keeper = _read_json(folder / "pids.json").get("keeper")
     ended = 0
     if keeper is not None and psutil.pid_exists(int(keeper)) and int(keeper) != os.getpid():
@@ -375,7 +376,7 @@ def _json_in(text: str) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, json.JSONDecodeError) as error:
         raise FederationFolderError(f"cannot read {path}: {error}") from error
