@@ -15,6 +15,7 @@ class RunError(RuntimeError):
 
 
 _WAYS_ON = {
+    errno.ENOENT: "make its folder",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "permit it"),
 }

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,7 +28,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(draft, path)
             _flush(path.parent)
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
 
 
 def save_text(text: str, path: Path) -> None:
@@ -59,8 +60,11 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
         with _naming(path, draft):
             draft.mkdir(parents=True)
             fill(draft)
+            may = draft.stat().st_mode & 0o666
             # Folders too: a file that is on the disk without its name is lost.
             for item in (*draft.rglob("*"), draft):
+                if item.is_file():
+                    item.chmod(may)  # safetensors lets nobody else read what it writes.
                 _flush(item)
             old = _draft_of(path)
             if path.exists():
@@ -91,6 +95,8 @@ def check_folder(path: Path, option: str, names: Iterable[str] | None = None) ->
                 reason = f"holds {strange[0]}, which this command did not write"
             elif names is None and Path.cwd().is_relative_to(path.resolve()):
                 reason = "is the current folder"
+        else:
+            reason = _refused(path)
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
     if reason:
@@ -104,6 +110,8 @@ def check_file(path: Path, option: str, start: str) -> None:
     """
     try:
         if not (path.exists() or path.is_symlink()):
+            if reason := _refused(path):
+                raise InputError(f"{option} {path} {reason}: name another place")
             return
         is_own = path.is_file() and not path.is_symlink()
         is_own = is_own and path.read_bytes().startswith(start.encode())
@@ -111,6 +119,14 @@ def check_file(path: Path, option: str, start: str) -> None:
         raise InputError(f"{option} {path} cannot be read: {error.strerror}") from error
     if not is_own:
         raise InputError(f"{option} {path} is not this command's: name a new file")
+
+
+def _refused(path: Path) -> str:
+    """Say why something new cannot be made at `path`; nothing if it can."""
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if not place.is_dir():
+        return f"lies in {place}, which is a file"
+    return "" if os.access(place, os.W_OK | os.X_OK) else f"lies in {place}, which is read-only"
 
 
 def is_marked(path: Path) -> bool:

@@ -56,7 +56,9 @@ def _bench_step(options: argparse.Namespace) -> int:
     from fomoe_flwr.files import check_file, save_json
 
     if options.to is not None:
+        # Now: what follows takes minutes.
         check_file(options.to, "--to", _START)
+        options.to.parent.mkdir(parents=True, exist_ok=True)
     settings = load_settings(options.overrides)
     import torch
 
@@ -77,7 +79,6 @@ def _bench_step(options: argparse.Namespace) -> int:
     )
     document = {**_MARK, **report.environment(), **result}
     if options.to is not None:
-        options.to.parent.mkdir(parents=True, exist_ok=True)
         save_json(document, options.to)
     print(json.dumps(document, indent=2) if options.json else step_benchmark.table(result))
     return 0

@@ -17,8 +17,6 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fomoe_flwr.errors import refusal
-
 _CLIENT_APP_RAISED = 2
 """Flower's own code for an exception in a ClientApp."""
 _SERVER_NODE_ID = 1
@@ -103,10 +101,10 @@ class InProcessGrid(Grid):
         context = self._contexts[message.metadata.dst_node_id]
         try:
             return self._client_app(message, context)
+        except OSError:
+            raise  # This is the server's machine too: it cannot go on either.
         except Exception as error:  # an app may raise anything; Flower turns it into a reply too
             reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, OSError):
-                reason = refusal(error)
-            elif not isinstance(error, ValueError | RuntimeError):
+            if not isinstance(error, ValueError | RuntimeError):
                 reason += " | " + traceback.format_exc(limit=-3)
             return Message(Error(_CLIENT_APP_RAISED, reason), reply_to=message)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fomoe_flwr.config import SettingsError
+from fomoe_flwr.errors import refusal
 from fomoe_flwr.files import check_folder
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.sweep.job import JobRecord, read_record
@@ -61,7 +62,7 @@ class SweepDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise SettingsError(f"--dir {self.path} cannot be written: {error.strerror}") from error
+            raise SettingsError(f"--dir {refusal(error)}") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

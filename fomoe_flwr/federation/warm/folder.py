@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from fomoe_flwr.errors import InputError
+from fomoe_flwr.errors import InputError, refusal
 from fomoe_flwr.files import check_folder
 
 _MOST_PATH_BYTES = 100
@@ -50,7 +50,7 @@ class Folder:
         try:
             self.path.mkdir(parents=True, mode=0o700, exist_ok=True)
         except OSError as error:
-            raise InputError(f"worker-dir={self.path}: {error.strerror}") from error
+            raise InputError(f"worker-dir={refusal(error)}") from error
         self.check()
         names = (self.socket.name, self.token.name, _DRAFT, _LOCK, self.log.name)
         check_folder(self.path, "worker-dir", {*names, f"{self.log.name}.1"})
@@ -60,7 +60,7 @@ class Folder:
         try:
             found = self.path.lstat()
         except OSError as error:
-            raise InputError(f"worker-dir={self.path}: {error.strerror}") from error
+            raise InputError(f"worker-dir={refusal(error)}") from error
         mode = stat.S_IMODE(found.st_mode)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or mode & 0o077:
             raise InputError(
