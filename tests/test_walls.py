@@ -32,7 +32,8 @@ FLOORS = (
     ("parallel", "model", "costs"),
     ("data", "parameters", "layout"),
     ("config",),
-    ("codecs", "files", "errors", "events"),
+    ("codecs", "files", "events"),
+    ("errors",),
 )
 """Rooms from the top of the house to its bottom: a room imports from lower floors only."""
 

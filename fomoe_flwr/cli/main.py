@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from fomoe_flwr import __version__, events
 from fomoe_flwr.cli import bench, estimate, federation, inspect_run, train
 from fomoe_flwr.cli.streams import guard_streams, lost_output
-from fomoe_flwr.errors import InputError, RunError, check_text
+from fomoe_flwr.errors import InputError, RunError, check_text, refusal
 
 _COMMANDS = (
     train.add_run,
@@ -74,9 +75,21 @@ def _run(options: argparse.Namespace) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        events.tell_if_json("error", str(error))
-        return 2 if isinstance(error, InputError) else 1
+        return _fail(str(error), 2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        return _fail(refusal(error), 1)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # `Path.expanduser` has no narrower class.
+            raise
+        return _fail("~ stands for no folder that is known: write it out", 2)
+
+
+def _fail(reason: str, status: int) -> int:
+    print(f"error: {reason}", file=sys.stderr)
+    events.tell_if_json("error", reason)
+    return status
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -107,7 +107,10 @@ def read_settings(path: Path) -> Settings:
         stored = OmegaConf.load(path)
     except (OSError, YAMLError) as error:
         raise SettingsError(f"cannot read settings from {path}: {one_line(error)}") from error
-    return _typed(stored)
+    try:
+        return _typed(stored)
+    except SettingsError as error:
+        raise SettingsError(f"{path} is not the config.yaml of a run: {error}") from error
 
 
 def settings_from_dict(fields: Mapping[str, Any]) -> Settings:

@@ -22,11 +22,12 @@ from fomoe_flwr.federation.deployment.process_family import (
     tool,
     wait_until_healthy,
 )
-from fomoe_flwr.files import save_text
+from fomoe_flwr.files import check_file, save_text
 from fomoe_flwr.run.directory import RunDirectory
 
 _START_SECONDS = 60.0
 _CONNECTION = "fomoe"
+_MARK = "# Written by `fomoe`."
 
 
 def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
@@ -104,7 +105,8 @@ def write_run_config(
 
     `state_dir` is where workers keep their state; without it the nodes decide.
     """
-    text = f"overrides = {_toml(shlex.join(words_for(settings, overrides)))}\n"
+    check_file(path, "the run's configuration", _MARK)
+    text = f"{_MARK}\noverrides = {_toml(shlex.join(words_for(settings, overrides)))}\n"
     if state_dir is not None:
         text += f"state-dir = {_toml(str(state_dir))}\n"
     save_text(text, path)
