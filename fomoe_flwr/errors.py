@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -11,6 +13,31 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that could not go on (exit status 1)."""
+
+
+def check_text(words: Iterable[str]) -> None:
+    """Refuse text that no file could store. Raises InputError, one line."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{word!a} holds bytes that are no UTF-8: type the text anew, or rename the file"
+            ) from None
+
+
+_WAYS_ON = {
+    errno.ENOENT: "make its folder",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "permit it"),
+}
+
+
+def refusal(error: OSError) -> str:
+    """Say in one line what the operating system refused: the path, why, and what to do."""
+    where = f"{error.filename}: " if error.filename else ""
+    way_on = _WAYS_ON.get(error.errno or 0, "mend it")
+    return f"{where}{error.strerror or one_line(error)}: {way_on}, or name another place"
 
 
 def one_line(error: object) -> str:

@@ -16,6 +16,9 @@ _STEP_EXAMPLES = """examples:
       local.batch_size=16 data.sequence_length=1024  # a GPU of 80 GB
 """
 
+_MARK = {"written by": "fomoe bench step"}
+_START = json.dumps(_MARK, indent=2).removesuffix("\n}")
+
 
 def add_bench(commands: Any) -> None:
     """Add `bench` and its own commands to the command line."""
@@ -50,12 +53,16 @@ def _bench_step(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)} is out of range: it must be >= 1")
     from fomoe_flwr.config import load_settings
+    from fomoe_flwr.files import check_file, save_json
 
+    if options.to is not None:
+        # Now: what follows takes minutes.
+        check_file(options.to, "--to", _START)
+        options.to.parent.mkdir(parents=True, exist_ok=True)
     settings = load_settings(options.overrides)
     import torch
 
     from fomoe_flwr import report
-    from fomoe_flwr.files import save_json
     from fomoe_flwr.worker import step_benchmark
     from fomoe_flwr.worker.device import check_device, pick_device
 
@@ -70,9 +77,8 @@ def _bench_step(options: argparse.Namespace) -> int:
         warmup=options.warmup,
         baselines=() if options.own_only else (step_benchmark.STOCK, step_benchmark.PLAIN),
     )
-    document = {**report.environment(), **result}
+    document = {**_MARK, **report.environment(), **result}
     if options.to is not None:
-        options.to.parent.mkdir(parents=True, exist_ok=True)
         save_json(document, options.to)
     print(json.dumps(document, indent=2) if options.json else step_benchmark.table(result))
     return 0

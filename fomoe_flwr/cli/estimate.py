@@ -108,15 +108,19 @@ def _plan(options: argparse.Namespace) -> int:
 def _write_plan(path: Path, made: Plan, overrides: Sequence[str]) -> None:
     from fomoe_flwr import plan
     from fomoe_flwr.config import SettingsError
+    from fomoe_flwr.errors import refusal
+    from fomoe_flwr.files import check_file
 
     toml = path.with_suffix(".toml")
     if path.suffix not in (".yaml", ".yml"):
         raise SettingsError(f"--to={path} must end in .yaml: that is how `fomoe run` knows a file")
+    for target in (path, toml):
+        check_file(target, "--to", plan.MARK)
     try:
         path.write_text(plan.plan_yaml(made, overrides), encoding="utf-8")
         toml.write_text(plan.plan_toml(overrides), encoding="utf-8")
     except OSError as error:
-        raise SettingsError(f"cannot write the plan: {error}") from error
+        raise SettingsError(f"cannot write the plan: {refusal(error)}") from error
     print(
         f"wrote {path} and {toml}: fomoe run {path}, or flwr run . --run-config {toml}",
         file=sys.stderr,

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fomoe_flwr.cli.train import exit_status
+from fomoe_flwr.cli.train import add_log_format, exit_status
+from fomoe_flwr.events import tell
 
 if TYPE_CHECKING:
     from fomoe_flwr.config import Settings
@@ -95,13 +96,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="resume the run whenever it ends early; give up after N attempts without progress",
     )
+    add_log_format(parser)
 
 
 def _loopback(options: argparse.Namespace) -> Loopback:
     from fomoe_flwr.federation.deployment.loopback import Loopback
 
     count = max(options.nodes, len(options.node))
-    return Loopback(options.folder, [*options.node, *[""] * (count - len(options.node))])
+    federation = Loopback(options.folder, [*options.node, *[""] * (count - len(options.node))])
+    federation.check()
+    return federation
 
 
 def _up(options: argparse.Namespace) -> int:
@@ -119,6 +123,7 @@ def _up(options: argparse.Namespace) -> int:
 
 def _detach(options: argparse.Namespace) -> int:
     """Start the keeper as a process of its own; return when its nodes are up."""
+    _loopback(options)  # Refuses a folder of somebody else's before anything is written.
     folder = options.folder.expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "fomoe_flwr.cli", "federation", "up", str(folder)]
@@ -146,8 +151,9 @@ def _down(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    settings = _settings(options)
+    # In this order: the run directory may lie in the federation's folder.
     federation, stop = _loopback(options), threading.Event()
+    settings = _settings(options)
     federation.up()
     keeper = threading.Thread(target=federation.keep, args=[stop], daemon=True)
     keeper.start()
@@ -213,4 +219,4 @@ def _until_signal() -> threading.Event:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    tell("submission", text)

@@ -13,13 +13,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from fomoe_flwr.config.checks import SettingsError, check, did_you_mean
-from fomoe_flwr.config.overrides import parse_overrides
+from fomoe_flwr.config.overrides import parse_values
 from fomoe_flwr.config.paper_rows import ROWS
 from fomoe_flwr.config.schema import Settings
 from fomoe_flwr.errors import one_line
@@ -63,8 +64,10 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
     taken and only `RESUMABLE_KEYS` may be overridden.
     """
     overrides = list(overrides)
-    resume = _resume_target(overrides)
-    settings = _stored(resume, overrides) if resume else _composed(overrides)
+    parsed = parse_values(overrides)
+    targets = [override.value() for override in parsed if override.key_or_group == "resume"]
+    resume = str(targets[-1]) if targets and targets[-1] else ""
+    settings = _stored(resume, parsed) if resume else _composed(overrides)
     check(settings)
     return settings
 
@@ -112,7 +115,10 @@ def read_settings(path: Path) -> Settings:
         stored = OmegaConf.load(path)
     except (OSError, YAMLError) as error:
         raise SettingsError(f"cannot read settings from {path}: {one_line(error)}") from error
-    return _typed(stored)
+    try:
+        return _typed(stored)
+    except SettingsError as error:
+        raise SettingsError(f"{path} is not the config.yaml of a run: {error}") from error
 
 
 def settings_from_dict(fields: Mapping[str, Any]) -> Settings:
@@ -203,15 +209,10 @@ def _override_error(error: Exception) -> SettingsError:
     return SettingsError(one_line(str(error).split("See https://")[0]))
 
 
-def _resume_target(overrides: list[str]) -> str:
-    targets = [o.value() for o in parse_overrides(overrides) if o.key_or_group == "resume"]
-    return str(targets[-1]) if targets and targets[-1] else ""
-
-
-def _stored(resume: str, overrides: list[str]) -> Settings:
+def _stored(resume: str, overrides: Iterable[Override]) -> Settings:
     run_dir = find_run(resume, "resume")
     node = OmegaConf.create(read_settings(run_dir / "config.yaml").to_dict())
-    for override in parse_overrides(overrides):
+    for override in overrides:
         key = override.key_or_group
         if not any(key == k or key.startswith(k + ".") for k in RESUMABLE_KEYS):
             raise SettingsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fomoe_flwr.config import DataSettings, LocalSettings, Settings
 from fomoe_flwr.data import DataError
 from fomoe_flwr.data.batches import Batches, BlockBatches, StreamBatches
-from fomoe_flwr.data.cache import cache_dir
+from fomoe_flwr.data.cache import cache_dir, cached_at
 from fomoe_flwr.data.corpus import Split, fingerprint, read_documents
 from fomoe_flwr.data.partition import partition_blocks
 from fomoe_flwr.data.stream import heldout_documents, open_stream, row_text
@@ -128,13 +129,17 @@ def _trained_tokenizer(data: DataSettings, vocab_size: int) -> PreTrainedTokeniz
         rows = islice(open_stream(data, 0, 1), STREAM_TOKENIZER_DOCUMENTS)
         return train_tokenizer((row_text(row, data) for row in rows), vocab_size)
     path = cache_dir() / "tokenizers" / f"{fingerprint(data)[:32]}-{vocab_size}.json"
-    if path.is_file():
-        try:
+    seal = path.with_suffix(".sha256")
+    try:
+        if seal.read_text(encoding="ascii") == sha256(path.read_bytes()).hexdigest():
             return load_tokenizer(path)
-        except DataError:
-            path.unlink(missing_ok=True)
+    except (OSError, ValueError):
+        pass  # Absent or damaged: it is made anew.
     texts = [document.text for document in read_documents(data, "train")]
     tokenizer = train_tokenizer(texts, vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_text(tokenizer_json(tokenizer), path)
+    text = tokenizer_json(tokenizer)
+    with cached_at(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_text(text, path)
+        save_text(sha256(text.encode()).hexdigest(), seal)
     return tokenizer

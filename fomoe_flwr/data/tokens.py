@@ -5,21 +5,22 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from fomoe_flwr.config import DataSettings
 from fomoe_flwr.data import DataError
+from fomoe_flwr.data.cache import cached_at
 from fomoe_flwr.data.corpus import Document, Split, fingerprint, read_documents
 from fomoe_flwr.data.tokenizer import tokenizer_digest, tokenizer_from_json
+from fomoe_flwr.files import replace_file, save_json
 
 # Documents per call of the Rust tokenizer: enough to feed its threads, little memory.
 ENCODE_BATCH = 256
@@ -168,18 +169,13 @@ def cached_blocks(
     )
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     folder = Path(cache_dir) / f"{split}-{key}"
-    try:
+    with cached_at(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
             blocks = _load(folder)
             if blocks is None:
                 _store(folder, _pack_split(data, split, tokenizer_json_text))
                 blocks = _load(folder)
-    except OSError as error:
-        raise DataError(
-            f"the token cache {folder} cannot be used ({error.strerror}); choose a writable "
-            "output_dir with free space"
-        ) from None
     if blocks is None:
         raise DataError(f"the token cache {folder} does not keep what was written; check the disk")
     return blocks
@@ -208,28 +204,20 @@ def _digest(path: Path) -> str:
 def _store(folder: Path, blocks: TokenBlocks) -> None:
     arrays = {"tokens.npy": blocks.tokens, "domain_ids.npy": blocks.domain_ids}
     for name, array in arrays.items():
-        with _replacing(folder / name) as stream:
-            np.save(stream, array, allow_pickle=False)
+        replace_file(folder / name, partial(_save, array))
     index = {
         "domains": list(blocks.domains),
         "sequence_length": blocks.sequence_length,
         "sha256": {name: _digest(folder / name) for name in arrays},
     }
     # The index comes last: with it the cache is whole.
-    with _replacing(folder / "index.json") as stream:
-        stream.write(json.dumps(index).encode())
+    save_json(index, folder / "index.json")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def _save(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as stream:
+        # Not the stream itself: numpy would write to the file past it and not say what went wrong.
+        np.save(SimpleNamespace(write=stream.write), array, allow_pickle=False)
 
 
 def _load(folder: Path) -> TokenBlocks | None:

@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 
 from fomoe_flwr import __version__
 from fomoe_flwr.config import Settings
-from fomoe_flwr.data.cache import cache_dir
+from fomoe_flwr.data.cache import cache_dir, cached_at
 from fomoe_flwr.data.source import NodeData
 from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import wire
@@ -44,10 +44,11 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
     settings = CACHE.settings(_with_node_overrides(setup["settings"], context))
     _check_spec(settings, str(setup.get("spec_digest")))
     text = str(setup["tokenizer"])
-    path = _tokenizer_path(tokenizer_digest(text))
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_text(text, path)
+    if _kept_tokenizer(tokenizer_digest(text)) is None:
+        path = _tokenizer_path(tokenizer_digest(text))
+        with cached_at(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_text(text, path)
     worker = int(context.node_config.get("partition-id", -1))
     if 0 <= worker < settings.layout.num_workers:
         CACHE.batches(_node_data(settings, worker, text, context), 0)
@@ -190,10 +191,19 @@ def _tokenizer_text(digest: str) -> str:
     # The digest comes from the network and becomes a file name.
     if not re.fullmatch(r"[0-9a-f]{16,64}", digest):
         raise WireError(f"tokenizer digest {digest!r} is not a hex digest")
+    text = _kept_tokenizer(digest)
+    if text is None:
+        raise WireError(f"this node has no tokenizer {digest[:12]}: it must be queried")
+    return text
+
+
+def _kept_tokenizer(digest: str) -> str | None:
+    """Return a tokenizer that a query brought, None if it is not there or damaged."""
     try:
-        return _tokenizer_path(digest).read_text(encoding="utf-8")
-    except OSError as error:
-        raise WireError(f"this node has no tokenizer {digest[:12]}: it must be queried") from error
+        text = _tokenizer_path(digest).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    return text if tokenizer_digest(text) == digest else None
 
 
 def _state_dir(context: Context, header: TaskHeader) -> Path:

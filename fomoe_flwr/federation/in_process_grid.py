@@ -101,6 +101,8 @@ class InProcessGrid(Grid):
         context = self._contexts[message.metadata.dst_node_id]
         try:
             return self._client_app(message, context)
+        except OSError:
+            raise  # This is the server's machine too: it cannot go on either.
         except Exception as error:  # an app may raise anything; Flower turns it into a reply too
             reason = f"{type(error).__name__}: {error}"
             if not isinstance(error, ValueError | RuntimeError):

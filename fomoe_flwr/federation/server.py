@@ -27,11 +27,13 @@ from fomoe_flwr.data.tokenizer import (
     tokenizer_json,
 )
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
+from fomoe_flwr.errors import InputError, RunError, refusal
+from fomoe_flwr.events import tell
 from fomoe_flwr.federation.round_record import RoundRecord, evaluation_row
 from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
 from fomoe_flwr.federation.strategy import FoMoEStrategy
-from fomoe_flwr.files import keep_newest, save_text
+from fomoe_flwr.files import check_folder, keep_newest, save_text
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.pretrained import read_pretrained
 from fomoe_flwr.model.residency import build_model
@@ -142,7 +144,7 @@ class Server:
             raise
         finally:
             self.tracker.close()
-            print(f"run directory: {self.run.path}", flush=True)
+            tell("run_directory", f"run directory: {self.run.path}", path=str(self.run.path))
 
     def _save_config(self) -> None:
         """Write down the settings, atomically; a resume may have given the run more rounds."""
@@ -256,8 +258,12 @@ class Server:
         return strategy_state
 
     def _finish(self) -> None:
-        exported = assemble(self.settings, self.state, self.tokenizer)
-        export_model(exported, self.tokenizer, self.run.export)
+        try:
+            check_folder(self.run.export, "the run's")
+            exported = assemble(self.settings, self.state, self.tokenizer)
+            export_model(exported, self.tokenizer, self.run.export)
+        except InputError as error:
+            print(f"not exported: {error}, with fomoe export {self.run.path} --to", flush=True)
         self._write_summary("completed")
         self.live.finish()
         report.print_end(self.run)
@@ -287,7 +293,12 @@ class Server:
 def serve(settings: Settings, make_grid: Callable[[RunDirectory], Grid]) -> bool:
     """Hold the run directory and train; return True, or raise what stopped it."""
     run = RunDirectory(Path(settings.output_dir))
-    with Heartbeat(run.heartbeat) as heartbeat:
-        server = Server(settings, heartbeat)
-        server.serve(make_grid(run))
+    try:
+        with Heartbeat(run.heartbeat) as heartbeat:
+            server = Server(settings, heartbeat)
+            server.serve(make_grid(run))
+    except OSError as error:
+        has_more = stored_rounds(run.checkpoints)
+        way_on = f"go on with fomoe run resume={run.path}" if has_more else "start it again"
+        raise RunError(f"the run stopped at {refusal(error)}; then {way_on}") from error
     return server.rounds_done == settings.rounds

@@ -6,6 +6,13 @@ Pure: no torch, no Flower.
 """
 
 from fomoe_flwr.plan.candidate import Candidate, Unfit, fit
-from fomoe_flwr.plan.document import plan_json, plan_overrides, plan_toml, plan_yaml, show_plan
+from fomoe_flwr.plan.document import (
+    MARK,
+    plan_json,
+    plan_overrides,
+    plan_toml,
+    plan_yaml,
+    show_plan,
+)
 from fomoe_flwr.plan.search import Alternative, Bounds, Plan, default_overlap, make_plan
 from fomoe_flwr.plan.sites import NamedSite, Sites, read_sites

@@ -11,6 +11,9 @@ from fomoe_flwr.layout import MOVING_KINDS
 from fomoe_flwr.plan.candidate import Candidate
 from fomoe_flwr.plan.search import Plan, penalty
 
+MARK = "# Written by `fomoe plan`."
+"""The first line of both files."""
+
 
 def plan_overrides(plan: Plan, given: Sequence[str]) -> list[str]:
     """Return the overrides of the planned run: those given, and the plan's in their place."""
@@ -44,12 +47,12 @@ def plan_yaml(plan: Plan, overrides: Sequence[str]) -> str:
         )
     ]
     words = [f"  - {json.dumps(word)}" for word in overrides]
-    return "\n".join(["# Written by `fomoe plan`.", *names, "overrides:", *words, ""])
+    return "\n".join([MARK, *names, "overrides:", *words, ""])
 
 
 def plan_toml(overrides: Sequence[str]) -> str:
     """Write the same overrides as TOML, for `flwr run . --run-config FILE`."""
-    return f"# Written by `fomoe plan`.\noverrides = {json.dumps(shlex.join(overrides))}\n"
+    return f"{MARK}\noverrides = {json.dumps(shlex.join(overrides))}\n"
 
 
 def plan_json(plan: Plan, overrides: Sequence[str]) -> str:

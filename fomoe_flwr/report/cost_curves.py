@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from fomoe_flwr import costs
 from fomoe_flwr.config import Settings
+from fomoe_flwr.files import check_folder, mark_folder
 from fomoe_flwr.layout import Layout, draw_layout
 
 BANDWIDTHS_MBPS = tuple(10 ** (n / 3) for n in range(3, 19))
@@ -25,7 +26,6 @@ _DAY = 86_400
 
 def draw_costs(settings: Settings, folder: Path) -> list[Path]:
     """Draw the paper's kinds of sweep (its Fig. 8 to 11) for these settings; return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     pictures: Sequence[tuple[str, Callable[[Axes, Settings], None]]] = (
         ("flops", _flops),
@@ -34,6 +34,8 @@ def draw_costs(settings: Settings, folder: Path) -> list[Path]:
         ("time", _time),
         ("ghosts", _ghosts),
     )
+    check_folder(folder, "--sweep")
+    folder.mkdir(parents=True, exist_ok=True)
     for name, draw in pictures:
         figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=130)
         FigureCanvasAgg(figure)
@@ -44,6 +46,7 @@ def draw_costs(settings: Settings, folder: Path) -> list[Path]:
         path = folder / f"{name}.png"
         figure.savefig(path)
         drawn.append(path)
+    mark_folder(folder)
     return drawn
 
 

@@ -67,6 +67,9 @@ def load_latest(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} holds no checkpoint: nothing to resume from")
     source = folder / checkpoint_name(rounds[-1])
     try:
+        for name in ("weights", "outer"):
+            # Opened before: safetensors says of a file that it may not read that there is none.
+            (source / f"{name}.safetensors").open("rb").close()
         state = json.loads((source / "state.json").read_text(encoding="utf-8"))
         return Checkpoint(
             server_round=int(state["round"]),

@@ -11,7 +11,6 @@ export/          transformers checkpoint      heartbeat.json  which process is a
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -19,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_flwr.config import PATHS, Settings, SettingsError
-from fomoe_flwr.files import append_line, save_json, save_text
+from fomoe_flwr.errors import check_text
+from fomoe_flwr.files import (
+    append_line,
+    check_folder,
+    is_marked,
+    mark_folder,
+    save_json,
+    save_text,
+)
 
 
 class RunDirectory:
@@ -123,6 +130,7 @@ def absolute(settings: Settings) -> Settings:
     chosen = Path(settings.output_dir) if settings.output_dir else None
     path = chosen or default_output_dir(settings, Path("outputs"))
     settings.output_dir = str(path.expanduser().resolve())
+    check_text([settings.output_dir])  # The working directory may have any name.
     for group, key in PATHS:
         if given := getattr(getattr(settings, group), key):
             setattr(getattr(settings, group), key, str(Path(given).expanduser().resolve()))
@@ -130,22 +138,25 @@ def absolute(settings: Settings) -> Settings:
 
 
 def claim_output_dir(settings: Settings) -> None:
-    """Create the output directory and prove that it can be written. Raises SettingsError."""
+    """Create the output directory and prove that it can be written.
+
+    Raises SettingsError, and InputError if it holds what no run wrote.
+    """
     path = Path(settings.output_dir)
     if not path.is_absolute():
         raise SettingsError(f"output_dir={path} must be absolute: processes differ in their cwd")
+    taken = RunDirectory(path)
+    if not settings.resume and (taken.metrics.exists() or stored_rounds(taken.checkpoints)):
+        way_on = f", or resume={path} to go on with it" if stored_rounds(taken.checkpoints) else ""
+        raise SettingsError(
+            f"output_dir={path} already holds a run: give another output_dir{way_on}"
+        )
+    if not settings.resume and not is_marked(path):
+        check_folder(path, "output_dir", ())
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        mark_folder(path)
     except OSError as error:
         raise SettingsError(
             f"output_dir={path} cannot be written: {error.strerror}; give another output_dir"
         ) from error
-    taken = RunDirectory(path)
-    if not settings.resume and (taken.metrics.exists() or stored_rounds(taken.checkpoints)):
-        raise SettingsError(
-            f"output_dir={path} already holds a run: give another output_dir, "
-            f"or resume={path} to go on with it"
-        )

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fomoe_flwr.config import Settings
-from fomoe_flwr.files import replace_folder
+from fomoe_flwr.files import mark_folder, replace_folder
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.state import load_state
@@ -39,5 +39,6 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pat
     def fill(draft: Path) -> None:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        mark_folder(draft)
 
     replace_folder(path, fill)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -59,7 +60,9 @@ class Heartbeat:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self.note("end", self._round)
+        # What has ended the run says more than a heartbeat that cannot be written.
+        with contextlib.suppress(OSError):
+            self.note("end", self._round)
         if self._hold is not None:
             self._hold.close()
 
@@ -70,7 +73,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            self._write()
+            with contextlib.suppress(OSError):
+                self._write()
 
     def _write(self) -> None:
         with self._writing:

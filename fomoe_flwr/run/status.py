@@ -88,7 +88,11 @@ def show_status(status: Mapping[str, Any]) -> str:
     kept = ", ".join(status["checkpoints"]) or "none"
     lines.append(f"checkpoints  {kept}")
     if status["state"] in ("failed", "silent"):
-        lines.append(f"go on with   fomoe run resume={status['run']}")
+        lines.append(
+            f"go on with   fomoe run resume={status['run']}"
+            if status["checkpoints"]
+            else "go on with   a new run: this one has no checkpoint to resume from"
+        )
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from fomoe_flwr.config import find_run, read_settings
 from fomoe_flwr.data.source import evaluation_blocks
 from fomoe_flwr.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_json
 from fomoe_flwr.data.tokens import heldout_windows
+from fomoe_flwr.files import check_folder
 from fomoe_flwr.run.checkpoint import Checkpoint, load_latest
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.evaluation import evaluate, sample_text
@@ -68,6 +69,8 @@ class StoredRun:
 
     def export(self, target: Path | None = None) -> Path:
         """Write a transformers checkpoint and return its folder."""
-        path = (target or self.run.export).expanduser().resolve()
+        path = (target or self.run.export).expanduser()
+        check_folder(path, "--to")
+        path = path.resolve()
         export_model(self.model, self.tokenizer, path)
         return path

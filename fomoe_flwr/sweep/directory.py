@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fomoe_flwr.config import SettingsError
+from fomoe_flwr.errors import refusal
+from fomoe_flwr.files import check_folder
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.sweep.job import JobRecord, read_record
 from fomoe_flwr.sweep.plan import Job, Plan
@@ -54,11 +56,13 @@ class SweepDirectory:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Keep other sweeps out of this directory. Raises SettingsError."""
+        if not self.is_sweep:
+            check_folder(self.path, "--dir", [".lock", self.jobs.name])
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise SettingsError(f"--dir {self.path} cannot be written: {error.strerror}") from error
+            raise SettingsError(f"--dir {refusal(error)}") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from fomoe_flwr.config import quoted
-from fomoe_flwr.files import save_json
+from fomoe_flwr.files import mark_folder, save_json
 from fomoe_flwr.run.directory import RunDirectory, stored_rounds
 
 _RECORD, _LOG = "job.json", "job.log"
@@ -72,6 +72,7 @@ def run_job(folder: Path, overrides: Sequence[str]) -> JobRecord:
         _clear(folder)
         words = [*overrides, f"output_dir={quoted(str(folder))}"]
     folder.mkdir(parents=True, exist_ok=True)
+    mark_folder(folder)
     with (folder / _LOG).open("ab") as log:
         child = subprocess.Popen(
             run_command(words), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fomoe_flwr.errors import InputError
+from fomoe_flwr.errors import InputError, refusal
 
 _CLOCK_SKEW = timedelta(hours=1)
 
@@ -162,6 +162,6 @@ def _write(path: Path, content: bytes, private: bool = False) -> None:
     except FileExistsError as error:
         raise CredentialsError(f"{path} exists already: it is not overwritten") from error
     except OSError as error:
-        raise CredentialsError(f"cannot write {path}: {error.strerror}") from error
+        raise CredentialsError(f"cannot write {refusal(error)}") from error
     with os.fdopen(descriptor, "wb") as sink:
         sink.write(content)

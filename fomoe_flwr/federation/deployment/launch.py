@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_flwr.config import PATHS, Settings, SettingsError, quoted
+from fomoe_flwr.events import pass_on, tell
 from fomoe_flwr.federation.deployment.process_family import (
     end_family,
     environment,
@@ -21,11 +22,12 @@ from fomoe_flwr.federation.deployment.process_family import (
     tool,
     wait_until_healthy,
 )
-from fomoe_flwr.files import save_text
+from fomoe_flwr.files import check_file, save_text
 from fomoe_flwr.run.directory import RunDirectory
 
 _START_SECONDS = 60.0
 _CONNECTION = "fomoe"
+_MARK = "# Written by `fomoe`."
 
 
 def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
@@ -68,11 +70,32 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
             "--federation-config",
             federation,
         ]
-        print("+ " + shlex.join(command), flush=True)
-        subprocess.run(command, env=variables, cwd=run.path, check=False)
+        text = shlex.join(command)
+        tell("command", f"+ {text}", command=text)
+        _follow(command, variables, run.path)
     finally:
         end_family(home)
     return is_complete(settings)
+
+
+def _follow(command: list[str], variables: dict[str, str], folder: Path) -> None:
+    """Run a command and pass on what it prints; it never meets a console that is gone."""
+    with subprocess.Popen(
+        command,
+        env=variables,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as child:
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                pass_on(line.rstrip("\n"))
+        except BaseException:
+            child.kill()
+            raise
 
 
 def write_run_config(
@@ -82,7 +105,8 @@ def write_run_config(
 
     `state_dir` is where workers keep their state; without it the nodes decide.
     """
-    text = f"overrides = {_toml(shlex.join(words_for(settings, overrides)))}\n"
+    check_file(path, "the run's configuration", _MARK)
+    text = f"{_MARK}\noverrides = {_toml(shlex.join(words_for(settings, overrides)))}\n"
     if state_dir is not None:
         text += f"state-dir = {_toml(str(state_dir))}\n"
     save_text(text, path)

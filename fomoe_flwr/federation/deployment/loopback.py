@@ -46,7 +46,7 @@ from fomoe_flwr.federation.deployment.process_family import (
 )
 from fomoe_flwr.federation.deployment.submission import SuperLink
 from fomoe_flwr.federation.warm.folder import MOST_FOLDER_BYTES
-from fomoe_flwr.files import append_line, save_json, save_text
+from fomoe_flwr.files import append_line, check_folder, save_json, save_text
 
 CONNECTION = "fomoe"
 """Name of the SuperLink in Flower's configuration."""
@@ -185,6 +185,12 @@ class Loopback:
     def pids(self) -> dict[str, int]:
         """Return {process: pid} as last written down; empty if the federation is not up."""
         return {name: int(pid) for name, pid in _read_json(self.folder / "pids.json").items()}
+
+    def check(self) -> None:
+        """Refuse a folder with anything in it that no federation wrote. Raises InputError."""
+        if not (self.folder / "federation.json").is_file():
+            names = ("keeper.log", "pids.json", self.home.name, "credentials", self._logs.name)
+            check_folder(self.folder, "FOLDER", names)
 
     def _claim(self) -> None:
         if family(self.folder):
@@ -332,6 +338,8 @@ class Loopback:
 def end_federation(folder: Path) -> int:
     """End whatever runs of the federation in `folder`, its keeper first; return how many."""
     folder = folder.expanduser().resolve()
+    if not (folder / "federation.json").is_file():
+        raise FederationFolderError(f"{folder} is no federation: it has no federation.json")
     keeper = _read_json(folder / "pids.json").get("keeper")
     ended = 0
     if keeper is not None and psutil.pid_exists(int(keeper)) and int(keeper) != os.getpid():
@@ -368,7 +376,7 @@ def _json_in(text: str) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, json.JSONDecodeError) as error:
         raise FederationFolderError(f"cannot read {path}: {error}") from error

@@ -19,12 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from fomoe_flwr.errors import InputError
+from fomoe_flwr.errors import InputError, refusal
+from fomoe_flwr.files import check_folder
 
 _MOST_PATH_BYTES = 100
 """A socket's path must fit into the kernel's 108 bytes (104 on macOS), draft name included."""
 MOST_FOLDER_BYTES = _MOST_PATH_BYTES - len("/socket")
 _MOST_LOG_BYTES = 2**20
+_LOCK, _DRAFT = "lock", ".token"
 
 
 class Folder:
@@ -48,15 +50,17 @@ class Folder:
         try:
             self.path.mkdir(parents=True, mode=0o700, exist_ok=True)
         except OSError as error:
-            raise InputError(f"worker-dir={self.path}: {error.strerror}") from error
+            raise InputError(f"worker-dir={refusal(error)}") from error
         self.check()
+        names = (self.socket.name, self.token.name, _DRAFT, _LOCK, self.log.name)
+        check_folder(self.path, "worker-dir", {*names, f"{self.log.name}.1"})
 
     def check(self) -> None:
         """Raise InputError unless the folder is ours and nobody else can enter it."""
         try:
             found = self.path.lstat()
         except OSError as error:
-            raise InputError(f"worker-dir={self.path}: {error.strerror}") from error
+            raise InputError(f"worker-dir={refusal(error)}") from error
         mode = stat.S_IMODE(found.st_mode)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or mode & 0o077:
             raise InputError(
@@ -67,7 +71,7 @@ class Folder:
     @contextmanager
     def occupied(self) -> Iterator[None]:
         """Hold the worker's place. Raises InputError if one lives here already."""
-        with open(self.path / "lock", "w") as place:  # closing it, or dying, gives the place up
+        with open(self.path / _LOCK, "w") as place:  # closing it, or dying, gives the place up
             try:
                 fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -83,7 +87,7 @@ class Folder:
     def new_token(self) -> bytes:
         """Write down a new token, readable for its owner only, and return it."""
         token = secrets.token_hex(32)
-        draft = self.path / f".token.{os.getpid()}"
+        draft = self.path / _DRAFT
         draft.unlink(missing_ok=True)
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
             stream.write(token)
