@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.job import JobRecord
 from fomoe_flwr.sweep.plan import Job, Plan
+from fomoe_flwr.sweep.queue import listed
 
 _POLL_SECONDS = 1.0
 _SILENCE_SECONDS = 60.0
@@ -83,7 +85,8 @@ class Progress:
         done = sum(self._sweep.record(j).status in _ENDED for j in self._sweep.plan().jobs)
         head = f"[{done:>3}/{self._total or '?'}] {record.status:<9} {job.label}"
         if record.status == "failed":
-            return f"{head}: {record.error}; see {self._sweep.folder(job) / 'job.log'}"
+            log = self._sweep.log(job)
+            return f"{head}: {record.error}{f'; see {log}' if log else ''}"
         losses = self._sweep.run(job).read_summary().get("eval/loss", {})
         ending = f"loss {losses['last']:.4f} | " if losses.get("last") is not None else ""
         return f"{head} | {ending}{record.seconds:.0f} s{self._left(self._total - done)}"
@@ -95,11 +98,17 @@ class Progress:
         return f" | {jobs} left, about {each * jobs / 60:.0f} min"
 
     def _say_running(self) -> None:
-        running = [j for j in self._sweep.plan().jobs if self._sweep.record(j).status == "running"]
-        for job in running:
-            summary = self._sweep.run(job).read_summary()
-            rounds = f"round {summary.get('rounds_done', 0)} of {summary.get('rounds', '?')}"
-            self._say(f"    running   {job.label} | {rounds}")
+        for job in self._sweep.plan().jobs:
+            record = self._sweep.record(job)
+            if record.status == "running":
+                summary = self._sweep.run(job).read_summary()
+                rounds = f"round {summary.get('rounds_done', 0)} of {summary.get('rounds', '?')}"
+                since = f" | since {_clock(record.started)}" if record.started else ""
+                self._say(f"    running   {job.label} | {rounds}{since}")
+        if queued := [each for each in self._sweep.queue.live().values() if not each.runs]:
+            reasons = ", ".join(dict.fromkeys(each.reason or each.state for each in queued))
+            since = _clock(min(each.since for each in queued))
+            self._say(f"    queued    {listed(queued)} since {since} ({reasons})")
         self._said = time.monotonic()
 
     def _say(self, line: str) -> None:
@@ -109,3 +118,7 @@ class Progress:
 
 def _attempt(record: JobRecord) -> tuple[int, str]:
     return record.attempts, record.status
+
+
+def _clock(moment: float) -> str:
+    return f"{datetime.fromtimestamp(moment):%H:%M}"

@@ -4,8 +4,8 @@
     python tests/deploy/slurm_cluster.py FOLDER stop   ends it
 
 No accounting, no cgroups, munge on its own key and socket, ports of its own: nothing outside the
-folder is read or changed, so it runs beside another SLURM. Debian: `apt-get install slurmctld slurmd
-slurm-client munge`.
+folder is read or changed, so it runs beside another SLURM. Debian: `apt-get install slurmctld
+slurmd slurm-client munge`.
 """
 
 from __future__ import annotations
