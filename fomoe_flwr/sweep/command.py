@@ -112,7 +112,8 @@ def _settle(directory: SweepDirectory, on_slurm: bool) -> None:
         except slurm.NoAnswerError as error:
             raise RunError(
                 f"{listed(live.values())} of this sweep may be in the queue, and SLURM does "
-                f"not tell ({error}); try again where it answers, or remove {queue.path} if they are gone"
+                f"not tell ({error}); try again where it answers, or remove {queue.path} if they "
+                "are gone"
             ) from error
         queue.put({name: each.seen(found[each.id]) for name, each in live.items()})
     if queue.live() and not on_slurm:

@@ -29,8 +29,8 @@ class JobRecord:
     """How a job went."""
 
     status: str = "waiting"
-    """`waiting`, `queued` (by SLURM), `running`, `completed`, `failed`, or `skipped` (refused when it
-    was planned)."""
+    """`waiting`, `queued` (by SLURM), `running`, `completed`, `failed`, or `skipped` (refused when
+    it was planned)."""
     error: str = ""
     attempts: int = 0
     seconds: float = 0.0

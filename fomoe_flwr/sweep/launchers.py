@@ -217,22 +217,17 @@ def watch(
 
 
 def tidy(sweep: SweepDirectory, folders: Mapping[str, Path]) -> None:
-    """Remove submitit's files of jobs that are done; a failed job's log stays."""
-    own = sweep.path / ".submitit"
-    if not own.is_dir():
-        return
+    """Remove what launching left behind, but the logs of jobs that failed."""
     live = sweep.queue.live()
-    kept = set()
-    for job in sweep.plan().jobs:
-        folder = folders.get(job.name)
-        if folder is not None and sweep.record(job).status != "completed":
-            kept.add(folder)
-            if job.name not in live:
-                _remove(
-                    path for path in folder.glob("*") if not path.name.endswith((".err", ".out"))
-                )
-    if not live:
-        _remove(path for path in own.iterdir() if path not in kept)
+    done = {job.name for job in sweep.plan().jobs if sweep.record(job).status == "completed"}
+    sweep.queue.drop(done - set(live))
+    own = sweep.path / ".submitit"
+    if live or not own.is_dir():
+        return
+    kept = {folder for name, folder in folders.items() if name not in done}
+    _remove(path for path in own.iterdir() if path not in kept)
+    for folder in kept:
+        _remove(path for path in folder.glob("*") if path.suffix not in (".err", ".out"))
     with contextlib.suppress(OSError):
         own.rmdir()
 
