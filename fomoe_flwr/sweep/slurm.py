@@ -45,9 +45,9 @@ def look(ids: Collection[str]) -> dict[str, Look]:
     )
     found = {}
     for line in said.splitlines():
-        number, *fields = line.strip().split("|")
-        if number in ids and len(fields) == 4:
-            found[number] = Look(*fields)
+        number, state, reason, limit, node = line.strip().split("|", 4)
+        if number in ids:
+            found[number] = Look(state, "" if reason == "None" else reason, limit, node)
     if forgotten := [number for number in ids if number not in found]:
         found |= _remembered(forgotten)
     return found
