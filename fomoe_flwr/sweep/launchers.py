@@ -196,13 +196,6 @@ def watch(
                 print(f"SLURM answers again (it did not since {silent_since})", flush=True)
                 silent_since = ""
             news = {name: each.seen(found[each.id]) for name, each in live.items()}
-            for name, each in news.items():
-                if live[name].runs and not each.runs and not each.ended:
-                    print(
-                        f"    requeued  {labels[name]}: SLURM put job {each.id} back in the queue "
-                        f"({each.reason or each.state}); it goes on from its last checkpoint",
-                        flush=True,
-                    )
             # A job that is put back in the queue may look ended for a moment.
             sweep.queue.put(
                 {
@@ -211,6 +204,13 @@ def watch(
                     if not each.ended or each.state in ("COMPLETED", ending.get(name))
                 }
             )
+            for name, each in news.items():
+                if live[name].runs and not each.runs and not each.ended:
+                    print(
+                        f"    requeued  {labels[name]}: SLURM put job {each.id} back in the queue "
+                        f"({each.reason or each.state}); it goes on from its last checkpoint",
+                        flush=True,
+                    )
             ending = {name: each.state for name, each in news.items() if each.ended}
         soonest, latest = _ASK_SECONDS
         pause(min(latest, max(soonest, (time.monotonic() - began) / 10)))

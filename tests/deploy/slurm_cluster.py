@@ -85,7 +85,7 @@ class Cluster:
             key.touch(0o600)
             key.write_bytes(os.urandom(1024))
         conf = _CONF.format(
-            host=socket.gethostname().partition(".")[0],
+            host=_host(),
             user=getpass.getuser(),
             folder=self.folder,
             ports=(_free_port(), _free_port()),
@@ -108,6 +108,17 @@ class Cluster:
     def start_node(self) -> None:
         """Start the node."""
         self._run("slurmd", "-L", str(self.folder / "slurmd.log"))
+
+    def fail_node(self) -> None:
+        """Let the controller think that the node is down."""
+        self._run("scontrol", "update", f"nodename={_host()}", "state=down", "reason=test")
+
+    def resume_node(self) -> None:
+        """Bring the node back, and wait until it takes jobs."""
+        # It may have come back by itself, which makes this an error.
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self._run("scontrol", "update", f"nodename={_host()}", "state=resume")
+        self._wait_for(lambda: "idle" in self._run("sinfo", "--noheader", "--format=%t"))
 
     def stop(self) -> None:
         """End all jobs and all daemons."""
@@ -158,6 +169,10 @@ class Cluster:
 def _path() -> str:
     # Debian keeps the daemons where only root looks.
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+def _host() -> str:
+    return socket.gethostname().partition(".")[0]
 
 
 def _free_port() -> int:
