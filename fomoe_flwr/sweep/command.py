@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -48,9 +49,13 @@ def sweep(words: Sequence[str], folder: Path | None, skip_invalid: bool) -> bool
         for job in plan.jobs:
             if job.refusal:
                 print(f"skipped   {job.label}: {job.refusal}", flush=True)
+        broken = None
         try:
             with Progress(directory, plan, lambda: _gather(directory)):
                 _launch(plan, directory)
+        except BrokenExecutor as error:
+            broken = RunError(f"a process of the launcher was killed: {one_line(error)}")
+            broken.__cause__ = error
         finally:
             _end_local(directory, directory.plan())
             if live := directory.queue.live():
@@ -64,6 +69,8 @@ def sweep(words: Sequence[str], folder: Path | None, skip_invalid: bool) -> bool
         print_table(directory)
         print(f"table: {directory.table}\nreport: {directory.report}", flush=True)
         print(f"sweep directory: {directory.path}", flush=True)
+    if broken:
+        raise broken
     jobs = [job for job in directory.plan().jobs if not job.refusal]
     return all(directory.record(job).status == "completed" for job in jobs)
 

@@ -162,6 +162,8 @@ def _clear(folder: Path) -> None:
 
 def _reason(folder: Path, status: int) -> str:
     """Say in one line why a job failed."""
+    if status in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return "interrupted: its process was told to end"
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     with (folder / _LOG).open("rb") as log:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class _Launcher(submitit_launcher.BaseSubmititLauncher):
                 }
             )
             # submitit prints what sbatch says, and raises it too.
-            with contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()), self.submitting():
                 return list(executor.map_array(self, *zip(*arguments, strict=True)))
         except submitit.core.utils.FailedJobError as error:
             reason = one_line(error).replace("sbatch: error: ", "")
@@ -109,11 +110,25 @@ class _Launcher(submitit_launcher.BaseSubmititLauncher):
         """Return what the executor gets."""
         return dict(self.params)
 
+    @contextlib.contextmanager
+    def submitting(self) -> Iterator[None]:
+        """Surround the submission."""
+        yield
+
 
 class LocalLauncher(_Launcher):
     """Processes of this machine, all at a time."""
 
     _EXECUTOR = "local"
+
+    @contextlib.contextmanager
+    def submitting(self) -> Iterator[None]:
+        """Keep a terminal's ctrl-C from the processes: the sweep ends their runs, and so them."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def wait(
         self, sweep: SweepDirectory, jobs: Sequence[Job], submitted: Mapping[str, Any]
@@ -140,8 +155,8 @@ class SlurmLauncher(_Launcher):
         given = dict(self.params)
         if not given.get("max_num_timeout"):
             # submitit has SLURM send USR2 minutes before the limit, and then ends the job.
-            signal = {"signal": f"CONT@{given.get('signal_delay_s', 120)}"}
-            given["additional_parameters"] = signal | (given.get("additional_parameters") or {})
+            harmless = {"signal": f"CONT@{given.get('signal_delay_s', 120)}"}
+            given["additional_parameters"] = harmless | (given.get("additional_parameters") or {})
         return given
 
     def wait(
