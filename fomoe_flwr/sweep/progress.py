@@ -108,7 +108,10 @@ class Progress:
         if queued := [each for each in self._sweep.queue.live().values() if not each.runs]:
             reasons = ", ".join(dict.fromkeys(each.reason or each.state for each in queued))
             since = _clock(min(each.since for each in queued))
-            self._say(f"    queued    {listed(queued)} since {since} ({reasons})")
+            held = [each for each in queued if "held" in each.reason.lower()]
+            release = f"scontrol release {' '.join(each.id for each in held)}"
+            advice = f"; held until somebody says: {release}" if held else ""
+            self._say(f"    queued    {listed(queued)} since {since} ({reasons}){advice}")
         self._said = time.monotonic()
 
     def _say(self, line: str) -> None:

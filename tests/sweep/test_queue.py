@@ -196,6 +196,9 @@ def test_what_waits_and_what_runs_is_told(
     progress._say_running()
     assert "    queued    1 SLURM job (7_0) since " in (said := capsys.readouterr().out)
     assert said.endswith("(Resources)\n")
+    sweep.queue.put({job.name: Submission("7_0", 0.0, reason="launch failed requeued held")})
+    progress._say_running()
+    assert "held until somebody says: scontrol release 7_0\n" in capsys.readouterr().out
     write_record(sweep.folder(job), JobRecord("running", started=time.time()))
     sweep.queue.put({job.name: Submission("7_0", 0.0, state="RUNNING")})
     progress._say_running()
