@@ -161,7 +161,7 @@ def test_the_node_fails(cluster: Cluster, start: Callable[..., Sweep], requeue: 
     else:
         assert sweep.end() == 1, sweep.said
         assert failures(sweep) == ["0 failed: NODE_FAIL", "1 failed: NODE_FAIL"]
-    # The node is there in truth, and still ends the jobs: SLURM holds a job that finds itself there.
+    # The node still ends the jobs; SLURM holds a job that comes upon itself there.
     time.sleep(15)
     cluster.resume_node()
     if requeue:
