@@ -101,9 +101,10 @@ class _Launcher(submitit_launcher.BaseSubmititLauncher):
                 return list(executor.map_array(self, *zip(*arguments, strict=True)))
         except submitit.core.utils.FailedJobError as error:
             reason = one_line(error).replace("sbatch: error: ", "")
+            change = "change hydra.launcher.KEY, e.g. hydra.launcher.partition"
+            todo = "try again when it answers" if "contact" in reason else change
             raise SettingsError(
-                f"sbatch refused the jobs, nothing was submitted: {reason}; change "
-                "hydra.launcher.KEY, e.g. hydra.launcher.partition"
+                f"sbatch refused the jobs, nothing was submitted: {reason}; {todo}"
             ) from error
 
     def parameters(self) -> dict[str, Any]:

@@ -93,8 +93,7 @@ def _children(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("whom", ["group", "sweep"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("whom", "number"), [("group", signal.SIGINT), ("sweep", signal.SIGTERM)])
 def test_interrupted(
     launcher: str, whom: str, number: signal.Signals, tmp_path: Path, begun: list[Waiting]
 ) -> None:

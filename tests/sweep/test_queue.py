@@ -348,3 +348,35 @@ def test_no_answer_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(RunError, match=r"^slurm_load_jobs error: Unable to contact$"):
         slurm.look({"7_0"})
+
+
+@pytest.mark.parametrize(
+    ("reason", "todo"),
+    [
+        ("Batch job submission failed: Invalid partition name", "change hydra.launcher.KEY, e.g. "),
+        (
+            "Batch job submission failed: Job violates accounting/QOS policy",
+            "change hydra.launcher",
+        ),
+        ("Unable to contact slurm controller (connect failure)", "try again when it answers"),
+    ],
+)
+def test_what_sbatch_says_is_passed_on(
+    reason: str,
+    todo: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("sbatch", "srun", "squeue"):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\necho '{name}: error: {reason}' >&2\nexit 1\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(command, "_gather", lambda _: None)
+    assert main(["sweep", "--dir", str(tmp_path / "s"), *WORDS]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: sbatch refused the jobs, nothing was submitted: {reason}; {todo}"
+    )
+    assert error.count("\n") == 1
