@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -157,14 +157,14 @@ def _explain(error: OmegaConfBaseException) -> SettingsError:
     return SettingsError(f"{key}: {reason}" if key else reason)
 
 
-def _composed(overrides: list[str]) -> Settings:
+def _composed(overrides: Sequence[str]) -> Settings:
     # Flower's simulation actors and in-process runs reuse processes, and Hydra's state is global.
     GlobalHydra.instance().clear()
     if any(word.lstrip("+").startswith("paper=") for word in overrides):
         register_paper_rows()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            composed = compose("config", overrides=overrides)
+            composed = compose("config", overrides=list(overrides))
     except MissingConfigException as error:
         raise _unknown_choice(error) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
