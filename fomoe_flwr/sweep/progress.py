@@ -82,7 +82,7 @@ class Progress:
         return changed
 
     def _line(self, job: Job, record: JobRecord) -> str:
-        done = sum(self._sweep.record(j).status in _ENDED for j in self._sweep.plan().jobs)
+        done = self._before + self._news
         head = f"[{done:>3}/{self._total or '?'}] {record.status:<9} {job.label}"
         if record.status == "failed":
             log = self._sweep.log(job)

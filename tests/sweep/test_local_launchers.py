@@ -93,7 +93,10 @@ def _children(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize(("whom", "number"), [("group", signal.SIGINT), ("sweep", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("whom", "number"),
+    [("group", signal.SIGINT), pytest.param("sweep", signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_interrupted(
     launcher: str, whom: str, number: signal.Signals, tmp_path: Path, begun: list[Waiting]
 ) -> None:
