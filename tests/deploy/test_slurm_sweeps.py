@@ -135,8 +135,8 @@ def test_cancelled_and_out_of_time(cluster: Cluster, start: Callable[..., Sweep]
     resume = f"fomoe sweep --resume {sweep.directory.path} hydra.launcher.timeout_min=MINUTES"
     assert f"go on: {resume}" in sweep.said
 
-    again = start("hydra.launcher.timeout_min=10")
-    assert again.end() == 0, again.said
+    again = start("hydra.launcher.timeout_min=30")
+    assert again.end(1200) == 0, again.said
     assert again.statuses == ["completed"] * 3
     assert [again.directory.record(job).attempts for job in again.directory.plan().jobs] == [
         2,
