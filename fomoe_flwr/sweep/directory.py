@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from fomoe_flwr.config import SettingsError
 from fomoe_flwr.errors import refusal
 from fomoe_flwr.files import check_folder
 from fomoe_flwr.run.directory import RunDirectory
-from fomoe_flwr.sweep.job import JobRecord, read_record
-from fomoe_flwr.sweep.plan import Job, Plan
+from fomoe_flwr.sweep.job import JobRecord, job_log, read_record
+from fomoe_flwr.sweep.plan import Job, Plan, drawn_job
+from fomoe_flwr.sweep.queue import Queue, told
 
 
 class SweepDirectory:
@@ -25,6 +27,7 @@ class SweepDirectory:
         self.table = self.path / "results.csv"
         self.report = self.path / "report.html"
         self.plots = self.path / "plots"
+        self.queue = Queue(self.path / "queue.json")
 
     @property
     def is_sweep(self) -> bool:
@@ -51,7 +54,30 @@ class SweepDirectory:
         """Read how a job went."""
         if job.refusal:
             return JobRecord("skipped", job.refusal)
-        return read_record(self.folder(job))
+        return told(read_record(self.folder(job)), self.queue.read().get(job.name))
+
+    def log(self, job: Job) -> Path | None:
+        """Return the log that says most about a job, if there is one."""
+        submission = self.queue.read().get(job.name)
+        logs = [job_log(self.folder(job)), *([Path(submission.log)] if submission else [])]
+        return next((path for path in logs if path.is_file()), None)
+
+    def loss(self, job: Job) -> float:
+        """Return a completed job's held-out loss, else NaN."""
+        loss = self.run(job).read_summary().get("eval/loss", {}).get("last")
+        done = self.record(job).status == "completed"
+        return float(loss) if done and loss is not None else math.nan
+
+    def find(self, overrides: Sequence[str]) -> Job:
+        """Return the job of these overrides; one that a sweeper drew is written down."""
+        words = sorted(overrides)
+        for job in self.plan().jobs:
+            if sorted(job.overrides) == words:
+                return job
+        job = drawn_job(words)
+        self.folder(job).mkdir(parents=True, exist_ok=True)
+        job.save(self.folder(job) / "drawn.json")
+        return job
 
     @contextmanager
     def claimed(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from fomoe_flwr.config import quoted
+from fomoe_flwr.errors import one_line
 from fomoe_flwr.files import mark_folder, save_json
 from fomoe_flwr.run.directory import RunDirectory, stored_rounds
 
@@ -28,7 +29,8 @@ class JobRecord:
     """How a job went."""
 
     status: str = "waiting"
-    """`waiting`, `running`, `completed`, `failed`, or `skipped` (refused when it was planned)."""
+    """`waiting`, `queued` (by SLURM), `running`, `completed`, `failed`, or `skipped` (refused when
+    it was planned)."""
     error: str = ""
     attempts: int = 0
     seconds: float = 0.0
@@ -83,9 +85,9 @@ def run_job(folder: Path, overrides: Sequence[str]) -> JobRecord:
     write_record(folder, record)
     try:
         status = child.wait()
-    except BaseException:
+    except BaseException as error:
         _end(child)
-        write_record(folder, replace(record, status="failed", error="interrupted", pid=0))
+        write_record(folder, replace(record, status="failed", error=_interruption(error), pid=0))
         raise
     seconds = time.time() - record.started
     if status == 0 and is_complete(folder):
@@ -122,6 +124,23 @@ def end_if_running(folder: Path) -> None:
     write_record(folder, replace(record, status="failed", error="interrupted", pid=0))
 
 
+def job_log(folder: Path) -> Path:
+    """Return where the output of a job's run goes."""
+    return folder / _LOG
+
+
+def _interruption(error: BaseException) -> str:
+    """Say in one line what came between a run and its end."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, SystemExit):
+        return "interrupted: its process was told to end"
+    # submitit's word for this is an exception of its own, raised wherever the job just was.
+    if "timed-out" in str(error):
+        return "TIMEOUT: it met its time limit"
+    return one_line(error)
+
+
 def _end(child: subprocess.Popen[bytes]) -> None:
     child.send_signal(signal.SIGTERM)
     try:
@@ -144,6 +163,8 @@ def _clear(folder: Path) -> None:
 
 def _reason(folder: Path, status: int) -> str:
     """Say in one line why a job failed."""
+    if status in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return "interrupted: its process was told to end"
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     with (folder / _LOG).open("rb") as log:

@@ -30,8 +30,10 @@ def sweep_page(sweep: SweepDirectory) -> list[Path]:
     plan, rows = sweep.plan(), sweep_rows(sweep)
     keys = list(dict.fromkeys(key for job in plan.jobs for key in job.varied))
     statuses = [row["status"] for row in rows]
-    running = "running" in statuses
-    status = next((s for s in ("running", "waiting", "failed") if s in statuses), "completed")
+    running = "running" in statuses or "queued" in statuses
+    status = next(
+        (s for s in ("running", "queued", "waiting", "failed") if s in statuses), "completed"
+    )
     page = Page(sweep.path.name, status, _REFRESH_SECONDS if running else None)
     page.paragraph(f"fomoe sweep {' '.join(plan.words)}")
     page.facts(

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from fomoe_flwr.events import tell
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.job import JobRecord
 from fomoe_flwr.sweep.plan import Job, Plan
+from fomoe_flwr.sweep.queue import listed
 
 _POLL_SECONDS = 1.0
 _SILENCE_SECONDS = 60.0
@@ -83,10 +85,11 @@ class Progress:
         return changed
 
     def _line(self, job: Job, record: JobRecord) -> str:
-        done = sum(self._sweep.record(j).status in _ENDED for j in self._sweep.plan().jobs)
+        done = self._before + self._news
         head = f"[{done:>3}/{self._total or '?'}] {record.status:<9} {job.label}"
         if record.status == "failed":
-            return f"{head}: {record.error}; see {self._sweep.folder(job) / 'job.log'}"
+            log = self._sweep.log(job)
+            return f"{head}: {record.error}{f'; see {log}' if log else ''}"
         losses = self._sweep.run(job).read_summary().get("eval/loss", {})
         ending = f"loss {losses['last']:.4f} | " if losses.get("last") is not None else ""
         return f"{head} | {ending}{record.seconds:.0f} s{self._left(self._total - done)}"
@@ -98,11 +101,23 @@ class Progress:
         return f" | {jobs} left, about {each * jobs / 60:.0f} min"
 
     def _say_running(self) -> None:
-        running = [j for j in self._sweep.plan().jobs if self._sweep.record(j).status == "running"]
-        for job in running:
-            summary = self._sweep.run(job).read_summary()
-            rounds = f"round {summary.get('rounds_done', 0)} of {summary.get('rounds', '?')}"
-            self._say(f"    running   {job.label} | {rounds}", job=job.label, status="running")
+        for job in self._sweep.plan().jobs:
+            record = self._sweep.record(job)
+            if record.status == "running":
+                summary = self._sweep.run(job).read_summary()
+                rounds = f"round {summary.get('rounds_done', 0)} of {summary.get('rounds', '?')}"
+                since = f" | since {_clock(record.started)}" if record.started else ""
+                line = f"    running   {job.label} | {rounds}{since}"
+                self._say(line, job=job.label, status="running")
+        if queued := [each for each in self._sweep.queue.live().values() if not each.runs]:
+            reasons = ", ".join(dict.fromkeys(each.reason or each.state for each in queued))
+            since = _clock(min(each.since for each in queued))
+            held = [each for each in queued if "held" in each.reason.lower()]
+            release = f"scontrol release {' '.join(each.id for each in held)}"
+            advice = f"; held until somebody says: {release}" if held else ""
+            self._say(
+                f"    queued    {listed(queued)} since {since} ({reasons}){advice}", status="queued"
+            )
         self._said = time.monotonic()
 
     def _say(self, line: str, **fields: Any) -> None:
@@ -112,3 +127,7 @@ class Progress:
 
 def _attempt(record: JobRecord) -> tuple[int, str]:
     return record.attempts, record.status
+
+
+def _clock(moment: float) -> str:
+    return f"{datetime.fromtimestamp(moment):%H:%M}"

@@ -17,6 +17,7 @@ from fomoe_flwr.config import is_run, read_settings
 from fomoe_flwr.files import replace_file
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.plan import Job
+from fomoe_flwr.sweep.queue import advice
 
 _SUMMARY = ("rounds_done", "tokens", "comm/bytes_up", "comm/bytes_down")
 _LAST = ("eval/loss", "eval/bits_per_byte", "moe/ghost_fraction", "train/tokens_per_second")
@@ -92,9 +93,14 @@ def print_table(sweep: SweepDirectory) -> None:
         )
     console = Console(width=120, highlight=False)
     console.print(table)
-    for number, row in enumerate(rows):
+    for number, (row, job) in enumerate(zip(rows, sweep.plan().jobs, strict=True)):
         if row["error"]:
-            console.print(f"#{number} {row['status']}: {row['error']}", markup=False)
+            log = f"; see {sweep.log(job)}" if row["status"] == "failed" and sweep.log(job) else ""
+            # A path that is folded cannot be copied.
+            line = f"#{number} {row['status']}: {row['error']}{log}"
+            console.print(line, markup=False, soft_wrap=True)
+    if errors := [row["error"] for row in rows if row["status"] == "failed"]:
+        console.print(f"go on: {advice(sweep.path, errors)}", markup=False, soft_wrap=True)
 
 
 def _shown(value: float | None, form: str) -> str:
