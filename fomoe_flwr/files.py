@@ -100,7 +100,8 @@ def check_folder(path: Path, option: str, names: Iterable[str] | None = None) ->
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
     if reason:
-        raise InputError(f"{option} {path} {reason}: name a new or an empty folder")
+        given = f"{option}{path}" if option.endswith("=") else f"{option} {path}"
+        raise InputError(f"{given} {reason}: name a new or an empty folder")
 
 
 def check_file(path: Path, option: str, start: str) -> None:

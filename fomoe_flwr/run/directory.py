@@ -152,7 +152,7 @@ def claim_output_dir(settings: Settings) -> None:
             f"output_dir={path} already holds a run: give another output_dir{way_on}"
         )
     if not settings.resume and not is_marked(path):
-        check_folder(path, "output_dir", ())
+        check_folder(path, "output_dir=", ())
     try:
         path.mkdir(parents=True, exist_ok=True)
         mark_folder(path)

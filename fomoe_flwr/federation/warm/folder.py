@@ -53,7 +53,7 @@ class Folder:
             raise InputError(f"worker-dir={refusal(error)}") from error
         self.check()
         names = (self.socket.name, self.token.name, _DRAFT, _LOCK, self.log.name)
-        check_folder(self.path, "worker-dir", {*names, f"{self.log.name}.1"})
+        check_folder(self.path, "worker-dir=", {*names, f"{self.log.name}.1"})
 
     def check(self) -> None:
         """Raise InputError unless the folder is ours and nobody else can enter it."""
