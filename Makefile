@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -27,7 +27,7 @@ run: $(READY)
 	$(BIN)/fomoe run engine=flower $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

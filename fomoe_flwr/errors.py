@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -12,6 +13,17 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that could not go on (exit status 1)."""
+
+
+def check_text(words: Iterable[str]) -> None:
+    """Refuse text that no file could store. Raises InputError, one line."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{word!a} holds bytes that are no UTF-8: type the text anew, or rename the file"
+            ) from None
 
 
 _WAYS_ON = {

@@ -170,7 +170,7 @@ def test_the_design_lists_every_room() -> None:
         for cell in re.findall(r"^\| \d+ \| ([^|]+) \|", text, flags=re.MULTILINE)
         for name in re.findall(r"`(\w+)`", cell)
     }
-    assert listed == rooms | {"files", "errors"}
+    assert listed == rooms | {"files", "errors", "events"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

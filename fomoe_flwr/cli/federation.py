@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fomoe_flwr.cli.train import exit_status
+from fomoe_flwr.cli.train import add_log_format, exit_status
+from fomoe_flwr.events import tell
 
 if TYPE_CHECKING:
     from fomoe_flwr.config import Settings
@@ -95,6 +96,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="resume the run whenever it ends early; give up after N attempts without progress",
     )
+    add_log_format(parser)
 
 
 def _loopback(options: argparse.Namespace) -> Loopback:
@@ -217,4 +219,4 @@ def _until_signal() -> threading.Event:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    tell("submission", text)

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fomoe_flwr.errors import InputError
+
 
 def add_evaluate(commands: Any) -> None:
     """Add `evaluate` to the command line."""
@@ -36,6 +38,10 @@ def add_sample(commands: Any) -> None:
 
 
 def _sample(options: argparse.Namespace) -> int:
+    if options.tokens < 1:
+        raise InputError(f"--tokens {options.tokens} is out of range: it must be >= 1")
+    if not 0 <= options.seed < 2**63:
+        raise InputError(f"--seed {options.seed} is out of range: it must be >= 0 and < 2**63")
     from fomoe_flwr.run.stored import StoredRun
 
     print(StoredRun(options.folder).sample(options.prompt, options.tokens, options.seed))

@@ -9,9 +9,10 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from fomoe_flwr import __version__
+from fomoe_flwr import __version__, events
 from fomoe_flwr.cli import bench, estimate, federation, inspect_run, train
-from fomoe_flwr.errors import InputError, RunError, refusal
+from fomoe_flwr.cli.streams import guard_streams, lost_output
+from fomoe_flwr.errors import InputError, RunError, check_text, refusal
 
 _COMMANDS = (
     train.add_run,
@@ -32,7 +33,39 @@ _COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 done, 1 failed, 2 refused)."""
-    options = _parse(arguments)
+    guard_streams()
+    try:
+        options = _parse(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit:  # Help, the version, or argparse's own refusal.
+        if (lost := lost_output()) is None:
+            raise
+        return _lost(lost)
+    tells = "log_format" in options
+    events.use_format(options.log_format if tells else "text")
+    status = 1
+    try:
+        status = _run(options)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            status = error.code
+        events.tell_if_json("error", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        events.tell_if_json("end", exit_status=status)
+    lost = lost_output()
+    # What was trained is in the run directory; what was only asked for is lost.
+    return status if lost is None else _lost(lost, status, is_asked=not tells)
+
+
+def _lost(lost: OSError, status: int = 0, is_asked: bool = True) -> int:
+    print(f"{'error' if is_asked else 'warning'}: stdout: {lost.strerror}", file=sys.stderr)
+    return status or int(is_asked)
+
+
+def _run(options: argparse.Namespace) -> int:
     # So that `finally` runs, and the processes that a run started end with it.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
@@ -41,29 +74,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (InputError, RunError) as error:
+        return _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        print(f"error: {refusal(error)}", file=sys.stderr)
-        return 1
+        return _fail(refusal(error), 1)
     except RuntimeError as error:
         if "home directory" not in str(error):  # `Path.expanduser` has no narrower class.
             raise
-        print("error: ~ stands for no folder that is known: write it out", file=sys.stderr)
-        return 2
+        return _fail("~ stands for no folder that is known: write it out", 2)
+
+
+def _fail(reason: str, status: int) -> int:
+    print(f"error: {reason}", file=sys.stderr)
+    events.tell_if_json("error", reason)
+    return status
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    check_text(sys.argv[1:] if arguments is None else arguments)
     parser = command_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes overrides in one piece only, not before and after an option.
-    if unknown := [word for word in rest if word.startswith("-") or "overrides" not in options]:
+    unknown = [word for word in rest if word.startswith("-") or "overrides" not in options]
+    if unknown and "overrides" in options:
+        from fomoe_flwr.config import refuse_option
+
+        refuse_option(unknown[0])
+    if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides += rest

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fomoe_flwr import events
 from fomoe_flwr.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +33,16 @@ The launchers need the extra: pip install 'fomoe-flwr[sweep]'
 """
 
 
+def add_log_format(parser: argparse.ArgumentParser) -> None:
+    """Add the option of every command that tells how its work goes."""
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="json" if os.environ.get(events.VARIABLE) == "json" else "text",
+        help="json: one object a line on stdout, see docs/how-to.md",
+    )
+
+
 def add_run(commands: Any) -> None:
     """Add `run` to the command line."""
     parser = commands.add_parser(
@@ -40,6 +52,7 @@ def add_run(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE|FILE.yaml")
+    add_log_format(parser)
     parser.set_defaults(run=_run)
 
 
@@ -89,6 +102,7 @@ def add_sweep(commands: Any) -> None:
         help="combinations that contradict themselves: refuse the sweep, or leave them out",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE,VALUE")
+    add_log_format(parser)
     parser.set_defaults(run=_sweep)
 
 
@@ -117,6 +131,7 @@ def add_worker(commands: Any) -> None:
         "--idle-seconds", type=float, default=0, help="end after so long (0: never)"
     )
     parser.add_argument("--with-process", type=int, default=0, metavar="PID", help="end with it")
+    add_log_format(parser)
     parser.set_defaults(run=_worker)
 
 

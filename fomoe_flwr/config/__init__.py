@@ -23,7 +23,7 @@ from fomoe_flwr.config.compose import (
     register_paper_rows,
     settings_from_dict,
 )
-from fomoe_flwr.config.overrides import expand_files, parse_overrides, quoted
+from fomoe_flwr.config.overrides import expand_files, parse_overrides, quoted, refuse_option
 from fomoe_flwr.config.schema import (
     BalanceSettings,
     CheckpointSettings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from fomoe_flwr.config.checks import SettingsError, check, did_you_mean
-from fomoe_flwr.config.overrides import parse_overrides
+from fomoe_flwr.config.overrides import parse_values
 from fomoe_flwr.config.paper_rows import ROWS
 from fomoe_flwr.config.schema import Settings
 from fomoe_flwr.errors import one_line
@@ -62,8 +63,10 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
     taken and only `RESUMABLE_KEYS` may be overridden.
     """
     overrides = list(overrides)
-    resume = _resume_target(overrides)
-    settings = _stored(resume, overrides) if resume else _composed(overrides)
+    parsed = parse_values(overrides)
+    targets = [override.value() for override in parsed if override.key_or_group == "resume"]
+    resume = str(targets[-1]) if targets and targets[-1] else ""
+    settings = _stored(resume, parsed) if resume else _composed(overrides)
     check(settings)
     return settings
 
@@ -160,14 +163,14 @@ def _explain(error: OmegaConfBaseException) -> SettingsError:
     return SettingsError(f"{key}: {reason}" if key else reason)
 
 
-def _composed(overrides: list[str]) -> Settings:
+def _composed(overrides: Sequence[str]) -> Settings:
     # Flower's simulation actors and in-process runs reuse processes, and Hydra's state is global.
     GlobalHydra.instance().clear()
     if any(word.lstrip("+").startswith("paper=") for word in overrides):
         register_paper_rows()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            composed = compose("config", overrides=overrides)
+            composed = compose("config", overrides=list(overrides))
     except MissingConfigException as error:
         raise _unknown_choice(error) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -199,15 +202,10 @@ def _override_error(error: Exception) -> SettingsError:
     return SettingsError(one_line(str(error).split("See https://")[0]))
 
 
-def _resume_target(overrides: list[str]) -> str:
-    targets = [o.value() for o in parse_overrides(overrides) if o.key_or_group == "resume"]
-    return str(targets[-1]) if targets and targets[-1] else ""
-
-
-def _stored(resume: str, overrides: list[str]) -> Settings:
+def _stored(resume: str, overrides: Iterable[Override]) -> Settings:
     run_dir = find_run(resume, "resume")
     node = OmegaConf.create(read_settings(run_dir / "config.yaml").to_dict())
-    for override in parse_overrides(overrides):
+    for override in overrides:
         key = override.key_or_group
         if not any(key == k or key.startswith(k + ".") for k in RESUMABLE_KEYS):
             raise SettingsError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -11,7 +14,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from fomoe_flwr.config.checks import SettingsError
-from fomoe_flwr.errors import one_line
+from fomoe_flwr.config.schema import Settings
+from fomoe_flwr.errors import check_text, one_line
+
+_KEY = r"[~+]*[A-Za-z_][\w./@:-]*"
 
 
 def expand_files(words: Iterable[str]) -> list[str]:
@@ -38,15 +44,97 @@ def expand_files(words: Iterable[str]) -> list[str]:
 
 
 def parse_overrides(words: Iterable[str]) -> list[Override]:
-    """Parse words by Hydra's grammar. Raises SettingsError, one line."""
-    try:
-        return OverridesParser.create().parse_overrides(list(words))
-    except HydraException as error:
-        raise SettingsError(one_line(str(error).split("See https://")[0])) from error
+    """Parse words by Hydra's grammar. Raises SettingsError, one line, with what to type instead."""
+    words, parser = list(words), OverridesParser.create()
+    check_text(words)
+    parsed = []
+    for place, word in enumerate(words):
+        try:
+            override = parser.parse_override(word)
+        except (HydraException, ValueError) as error:
+            raise SettingsError(_advice(words, place)) from error
+        if not override.key_or_group:
+            raise SettingsError(_advice(words, place))
+        parsed.append(override)
+    return parsed
+
+
+def parse_values(words: Iterable[str]) -> list[Override]:
+    """Parse words that give each setting one value. Raises SettingsError, one line."""
+    parsed = parse_overrides(words)
+    for override in parsed:
+        word = str(override.input_line)
+        key, _, value = word.partition("=")
+        if override.is_hydra_override():
+            raise SettingsError(f"{word} is no setting: only fomoe sweep takes settings of Hydra")
+        if override.is_delete():
+            raise SettingsError(f"{word}: no setting can be removed, only set: type KEY=VALUE")
+        if override.is_sweep_override():
+            listed = "" if "(" in value else f"{shlex.quote(f'{key}=[{value}]')} for a list, "
+            raise SettingsError(
+                f"{word} holds several values: type {_typed(key, value)} for one text, {listed}"
+                f"or fomoe sweep {shlex.quote(word)} to train with each"
+            )
+    return parsed
+
+
+def refuse_option(word: str) -> None:
+    """Refuse a setting that was typed as an option; do nothing about other words that begin with -.
+
+    Raises SettingsError, one line.
+    """
+    if word in ("-m", "--multirun"):
+        raise SettingsError(f"{word} belongs to fomoe sweep: type fomoe sweep KEY=VALUE,VALUE")
+    name, equals, value = word.lstrip("-").partition("=")
+    if equals or "." in name or name in {item.name for item in fields(Settings)}:
+        typed = _plain(name, value or "VALUE")
+        raise SettingsError(f"{word} is no option, and settings have no dashes: type {typed}")
+
+
+def _advice(words: list[str], place: int) -> str:
+    """Say what is wrong with a word that Hydra's grammar refuses, and what to type."""
+    word = words[place]
+    key, equals, value = word.partition("=")
+    before, after = words[:place], words[place + 1 :]
+    if not equals:
+        if after and after[0].startswith("="):
+            value = "".join(after[:2] if after[0] == "=" else after[:1])[1:]
+            return f"{word} stands apart from its value: type {_plain(word, value)}"
+        if before and "=" in before[-1]:
+            key, _, value = before[-1].partition("=")
+            return (
+                f"{word} has no = and no key: if it belongs to {before[-1]}, "
+                f"type {_typed(key, f'{value} {word}') if value else _plain(key, word)}"
+            )
+        key, colon, value = word.partition(":")
+        if re.fullmatch(_KEY, key, re.ASCII):
+            return f"{word} has no =: type {_plain(key, value if colon and value else 'VALUE')}"
+    if not re.fullmatch(_KEY, key, re.ASCII):
+        return f"{word}: {key!r} is no name of a setting: type KEY=VALUE, e.g. rounds=2"
+    if not word.isprintable():
+        return f"{word!r}: line breaks and tabs need quotes, for the shell and around the value"
+    if value.startswith("="):
+        return f"{word} has more than one =: type {_plain(key, value.lstrip('='))}"
+    return f"{word} needs quotes around its value: type {_typed(key, value)}"
+
+
+def _plain(key: str, value: str) -> str:
+    """Return what to type for a value that may need no quotes."""
+    return f"{key}={value}" if re.fullmatch(r"[\w./:-]*", value, re.ASCII) else _typed(key, value)
+
+
+def _typed(key: str, value: str) -> str:
+    """Return what to type in a shell for a value that is text: quotes for it, and for Hydra."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    word = f"{key}={quoted(value)}" if '"' in value or "\\" in value else f'{key}="{value}"'
+    return shlex.quote(word)
 
 
 def quoted(value: object) -> str:
     """Write a value for Hydra's grammar: text is quoted, so that a path may hold anything."""
     if not isinstance(value, str):
         return str(value)
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Only before a quote, or at the end, is a backslash more than itself.
+    escaped = re.sub(r"\\+(?='|\Z)", lambda found: found[0] * 2, value)
+    return "'" + escaped.replace("'", "\\'") + "'"

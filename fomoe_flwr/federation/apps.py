@@ -6,6 +6,8 @@ with a warm worker needs, and no torch.
 
 from __future__ import annotations
 
+import os
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -19,10 +21,13 @@ client_app = ClientApp()
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run config -> settings -> checks -> server."""
+    from fomoe_flwr import events
     from fomoe_flwr.federation.run_config import settings_of
     from fomoe_flwr.federation.server import serve
     from fomoe_flwr.run.preflight import preflight
 
+    if os.environ.get(events.VARIABLE) == "json":
+        events.use_format("json")
     settings = settings_of(context.run_config)
     preflight(settings)
     serve(settings, lambda run: grid)

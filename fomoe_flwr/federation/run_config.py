@@ -47,4 +47,5 @@ def settings_of(run_config: Mapping[str, object]) -> Settings:
     settings = load_settings(overrides)
     if not settings.output_dir:
         settings.output_dir = str(default_output_dir(settings, Path.home() / "fomoe-runs"))
+    settings.output_dir = str(Path(settings.output_dir).expanduser())
     return settings

@@ -28,6 +28,7 @@ from fomoe_flwr.data.tokenizer import (
 )
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
 from fomoe_flwr.errors import InputError, RunError, refusal
+from fomoe_flwr.events import tell
 from fomoe_flwr.federation.round_record import RoundRecord, evaluation_row
 from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
@@ -143,7 +144,7 @@ class Server:
             raise
         finally:
             self.tracker.close()
-            print(f"run directory: {self.run.path}", flush=True)
+            tell("run_directory", f"run directory: {self.run.path}", path=str(self.run.path))
 
     def _save_config(self) -> None:
         """Write down the settings, atomically; a resume may have given the run more rounds."""

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fomoe_flwr import costs
 from fomoe_flwr.config import Settings
+from fomoe_flwr.events import is_json, tell
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.report.units import count, number, size
 from fomoe_flwr.run.directory import RunDirectory
@@ -59,16 +60,26 @@ def print_start(settings: Settings, run: RunDirectory, layout: Layout) -> None:
             f"{predicted['batch/expert_tokens']:.0f} for an expert on average",
         ),
     ]
-    for name, text in rows:
-        print(f"{name + ':':<16}{text}", flush=True)
+    tell(
+        "start",
+        "\n".join(f"{name + ':':<16}{text}" for name, text in rows),
+        **{name.replace(" ", "_"): text for name, text in rows},
+        **predicted,
+    )
 
 
 def print_before(result: EvalReport, entropy: float) -> None:
     """Say where the untrained model stands."""
-    print(
+    tell(
+        "before",
         f"before training: loss {result.loss:.3f}, {result.bits_per_byte:.3f} bits/byte on "
         f"{result.tokens} held-out tokens; unigram entropy {entropy:.3f}",
-        flush=True,
+        **{
+            "eval/loss": result.loss,
+            "eval/bits_per_byte": result.bits_per_byte,
+            "eval/tokens": result.tokens,
+            "eval/unigram_entropy": entropy,
+        },
     )
 
 
@@ -81,17 +92,21 @@ def print_round(row: Mapping[str, Any], rounds: int) -> None:
         else ""
     )
     failed = f", {row['round/workers_failed']} failed" if row["round/workers_failed"] else ""
-    print(
+    tell(
+        "round",
         f"round {row['round']:>3}/{rounds} | {scores}train {row['train/loss']:.4f} | "
         f"ghosts {row['moe/ghost_fraction']:.1%} | up {size(row['comm/bytes_up'])} | "
         f"down {size(row['comm/bytes_down'])} | {row['round/seconds']:.1f} s | "
         f"{row['train/tokens_per_second']:.0f} tok/s | {row['round/workers_ok']} ok{failed}",
-        flush=True,
+        rounds=rounds,
+        **row,
     )
 
 
 def print_end(run: RunDirectory) -> None:
     """Print the table of all rounds, a sample of text and where everything is."""
+    if is_json():
+        return tell("summary", **run.read_summary())
     console = Console(width=_WIDTH, highlight=False)
     table = Table(title=f"{run.path.name}: every round", title_justify="left")
     for column in ("round", "eval loss", "perplexity", "bits/byte", "ghosts", "up", "down"):

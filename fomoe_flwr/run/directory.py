@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_flwr.config import PATHS, Settings, SettingsError
+from fomoe_flwr.errors import check_text
 from fomoe_flwr.files import (
     append_line,
     check_folder,
@@ -129,6 +130,7 @@ def absolute(settings: Settings) -> Settings:
     chosen = Path(settings.output_dir) if settings.output_dir else None
     path = chosen or default_output_dir(settings, Path("outputs"))
     settings.output_dir = str(path.expanduser().resolve())
+    check_text([settings.output_dir])  # The working directory may have any name.
     for group, key in PATHS:
         if given := getattr(getattr(settings, group), key):
             setattr(getattr(settings, group), key, str(Path(given).expanduser().resolve()))

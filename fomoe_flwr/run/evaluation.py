@@ -90,8 +90,14 @@ def sample_text(
     seed: int,
     temperature: float = 0.8,
 ) -> str:
-    """Continue a prompt by at most `max_tokens` sampled tokens; deterministic in the seed."""
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
+    """Continue a prompt by at most `max_tokens` sampled tokens; deterministic in the seed.
+
+    Without a prompt a new text begins. Of a prompt longer than the model's context its end is read.
+    """
+    start = tokenizer.eos_token_id or 0  # What stands between two texts.
+    given = torch.tensor(tokenizer(prompt)["input_ids"] or [start], dtype=torch.long)
+    context = max(1, model.config.max_position_embeddings - max_tokens)
+    ids = given[None, -context:].to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
@@ -106,4 +112,5 @@ def sample_text(
             pad_token_id=tokenizer.pad_token_id,
         )
     model.train(was_training)
-    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+    whole = torch.cat([given[:-context], out[0].cpu()])
+    return str(tokenizer.decode(whole, skip_special_tokens=True))

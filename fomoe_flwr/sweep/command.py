@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fomoe_flwr.config import SettingsError, conf_dir, parse_overrides, quoted, register_paper_rows
+from fomoe_flwr.events import is_json, tell
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.job import end_if_running, run_job
 from fomoe_flwr.sweep.plan import Plan, drawn_job, plan_sweep
@@ -37,10 +38,17 @@ def sweep(words: Sequence[str], folder: Path | None, skip_invalid: bool) -> bool
             # A sweep that was killed leaves jobs that say they run.
             end_if_running(directory.folder(job))
         count = f"{len(plan.jobs)} jobs" if plan.jobs else "jobs as the sweeper draws them"
-        print(f"sweep directory: {directory.path}\n{count}", flush=True)
+        path = str(directory.path)
+        tell("sweep", f"sweep directory: {path}\n{count}", path=path, jobs=len(plan.jobs))
         for job in plan.jobs:
             if job.refusal:
-                print(f"skipped   {job.label}: {job.refusal}", flush=True)
+                tell(
+                    "job",
+                    f"skipped   {job.label}: {job.refusal}",
+                    job=job.label,
+                    status="skipped",
+                    error=job.refusal,
+                )
         launched = False
         try:
             with Progress(directory, plan, lambda: _gather(directory)):
@@ -49,9 +57,15 @@ def sweep(words: Sequence[str], folder: Path | None, skip_invalid: bool) -> bool
             for job in directory.plan().jobs:
                 end_if_running(directory.folder(job))
             _gather(directory)
-        print_table(directory)
-        print(f"table: {directory.table}\nreport: {directory.report}", flush=True)
-        print(f"sweep directory: {directory.path}", flush=True)
+        if not is_json():
+            print_table(directory)
+        tell(
+            "summary",
+            f"table: {directory.table}\nreport: {directory.report}\nsweep directory: {path}",
+            path=path,
+            table=str(directory.table),
+            report=str(directory.report),
+        )
     jobs = [job for job in directory.plan().jobs if not job.refusal]
     return launched and all(directory.record(job).status == "completed" for job in jobs)
 

@@ -93,6 +93,15 @@ def plan_sweep(words: Sequence[str]) -> Plan:
     parsed = parse_overrides(words)
     launcher = [o for o in parsed if o.is_hydra_override()]
     settings = [o for o in parsed if not o.is_hydra_override()]
+    for override in launcher:
+        if not re.match(
+            r"hydra[./](launcher|sweeper|verbose|hydra_logging|job_logging)\b",
+            override.key_or_group,
+        ):
+            raise SettingsError(
+                f"{override.input_line} is at odds with a sweep, which sets Hydra's folders and "
+                "mode itself; hydra.launcher and hydra.sweeper are free, and --dir names the folder"
+            )
     for override in settings:
         if override.key_or_group in _OWNED:
             raise SettingsError(

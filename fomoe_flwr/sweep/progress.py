@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
+from fomoe_flwr.events import tell
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.job import JobRecord
 from fomoe_flwr.sweep.plan import Job, Plan
@@ -76,7 +79,7 @@ class Progress:
             if record.status in _ENDED:
                 changed = True
                 self._news += 1
-                self._say(self._line(job, record))
+                self._say(self._line(job, record), job=job.label, **asdict(record))
         return changed
 
     def _line(self, job: Job, record: JobRecord) -> str:
@@ -99,12 +102,12 @@ class Progress:
         for job in running:
             summary = self._sweep.run(job).read_summary()
             rounds = f"round {summary.get('rounds_done', 0)} of {summary.get('rounds', '?')}"
-            self._say(f"    running   {job.label} | {rounds}")
+            self._say(f"    running   {job.label} | {rounds}", job=job.label, status="running")
         self._said = time.monotonic()
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, **fields: Any) -> None:
         self._said = time.monotonic()
-        print(line, flush=True)
+        tell("job", line, **fields)
 
 
 def _attempt(record: JobRecord) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,25 +21,43 @@ def words(small_text: Path) -> list[str]:
     return ["run", "preset=tiny", "seed=3", f"data.path={small_text}", "local.threads=1"]
 
 
-def run_in_process_of_its_own(
-    small_text: Path, out: Path, *overrides: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "fomoe_flwr.cli",
-            *words(small_text),
-            "engine=flower",
-            f"output_dir={out}",
-            *overrides,
-        ],
+DIVERGING = ["local.lr=1e30", "local.optimizer=sgd", "local.steps=6"]
+
+
+def start(small_text: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fomoe_flwr.cli", *words(small_text)]
+    return subprocess.Popen(
+        [*command, "engine=flower", f"output_dir={out}", *overrides],
         cwd=out.parent,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=400,
-        check=False,
     )
+
+
+@dataclass
+class Ended:
+    """What a run left: its exit status, its output, and its folder."""
+
+    status: int
+    stdout: str
+    stderr: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def runs(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Run both at the same time: most of it is waiting for processes to start and to end."""
+    folder = tmp_path_factory.mktemp("flower")
+    started = {
+        name: start(small_text, folder / name, *overrides)
+        for name, overrides in {"sound": [], "diverging": DIVERGING}.items()
+    }
+    return {
+        name: Ended(stdout=out, stderr=err, status=process.returncode, folder=folder / name)
+        for name, process in started.items()
+        for out, err in [process.communicate(timeout=400)]
+    }
 
 
 def left_behind(home: Path) -> list[str]:
@@ -55,13 +74,15 @@ def left_behind(home: Path) -> list[str]:
 
 
 @pytest.mark.flower
-def test_flower_gives_the_run_that_one_process_gives(small_text: Path, tmp_path: Path) -> None:
-    done = run_in_process_of_its_own(small_text, tmp_path / "flower")
-    assert left_behind(tmp_path / "flower") == []
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+def test_flower_gives_the_run_that_one_process_gives(
+    runs: dict[str, Ended], small_text: Path, tmp_path: Path
+) -> None:
+    done = runs["sound"]
+    assert left_behind(done.folder) == []
+    assert done.status == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert main([*words(small_text), f"output_dir={tmp_path / 'here'}"]) == 0
 
-    run, here = RunDirectory(tmp_path / "flower"), RunDirectory(tmp_path / "here")
+    run, here = RunDirectory(done.folder), RunDirectory(tmp_path / "here")
     assert run.read_summary()["status"] == "completed"
     assert (run.export / "model.safetensors").is_file()
     rows, wanted = run.read_metrics(), here.read_metrics()
@@ -75,14 +96,13 @@ def test_flower_gives_the_run_that_one_process_gives(small_text: Path, tmp_path:
 
 
 @pytest.mark.flower
-def test_a_run_that_fails_inside_flower_fails_outside(small_text: Path, tmp_path: Path) -> None:
-    diverging = ["local.lr=1e30", "local.optimizer=sgd", "local.steps=6"]
-    done = run_in_process_of_its_own(small_text, tmp_path / "flower", *diverging)
-    assert left_behind(tmp_path / "flower") == []
-    assert done.returncode == 1, done.stdout[-4000:] + done.stderr[-4000:]
+def test_a_run_that_fails_inside_flower_fails_outside(runs: dict[str, Ended]) -> None:
+    done = runs["diverging"]
+    assert left_behind(done.folder) == []
+    assert done.status == 1, done.stdout[-4000:] + done.stderr[-4000:]
     assert "training loss is nan" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    summary = RunDirectory(tmp_path / "flower").read_summary()
+    summary = RunDirectory(done.folder).read_summary()
     assert (summary["status"], summary["rounds_done"]) == ("failed", 0)
     assert "training loss is nan" in summary["error"]
 

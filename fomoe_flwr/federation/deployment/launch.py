@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_flwr.config import PATHS, Settings, SettingsError, quoted
+from fomoe_flwr.events import pass_on, tell
 from fomoe_flwr.federation.deployment.process_family import (
     end_family,
     environment,
@@ -69,11 +70,32 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
             "--federation-config",
             federation,
         ]
-        print("+ " + shlex.join(command), flush=True)
-        subprocess.run(command, env=variables, cwd=run.path, check=False)
+        text = shlex.join(command)
+        tell("command", f"+ {text}", command=text)
+        _follow(command, variables, run.path)
     finally:
         end_family(home)
     return is_complete(settings)
+
+
+def _follow(command: list[str], variables: dict[str, str], folder: Path) -> None:
+    """Run a command and pass on what it prints; it never meets a console that is gone."""
+    with subprocess.Popen(
+        command,
+        env=variables,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as child:
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                pass_on(line.rstrip("\n"))
+        except BaseException:
+            child.kill()
+            raise
 
 
 def write_run_config(

@@ -18,6 +18,7 @@ import psutil
 from flwr.app import Context, RecordDict
 
 from fomoe_flwr.errors import RunError, one_line
+from fomoe_flwr.events import tell
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
 from fomoe_flwr.federation.warm.frames import Frame, FrameError, receive, send
@@ -209,4 +210,5 @@ def _end_with(pid: int) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} warm worker {os.getpid()}: {text}", flush=True)
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+    tell("worker", f"{stamp} warm worker {os.getpid()}: {text}", pid=os.getpid(), text=text)
