@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fomoe_flwr.data import DataError, first_line
+from fomoe_flwr.data.holdout import MANY_PIECES
 
 SUFFIXES = (".txt", ".parquet", ".jsonl", ".json")
 PIECE_CHARS = 8_000
-# A lone short file still has to give all three splits, so its pieces may be as short as this.
+# A short file is split too, so its pieces may be as short as this.
 SHORTEST_PIECE_CHARS = 1_000
-PIECES_OF_LONE_FILE = 16
 
 SPLIT_NAMES = {
     "train": "train",
@@ -176,15 +176,14 @@ def _text_and_domain(
     return text, "" if domain is None else str(domain)
 
 
-def cut_text(text: str, alone: bool = False) -> list[str]:
-    """Return the text in pieces of about 8,000 characters, cut at paragraphs, lines or blanks.
+def cut_text(text: str, fraction: float) -> list[str]:
+    """Return the text in pieces, cut at paragraphs, lines or blanks; joined they are the text.
 
-    A file that is `alone` is cut shorter if need be, to 16 pieces of at least 1,000 characters,
-    so that a short file can be split too. The pieces joined are the text.
+    A piece is about `fraction` of the text, and a sixteenth at most; but 1,000 characters at
+    least and 8,000 at most. Nothing but the text itself says where it is cut.
     """
-    size = PIECE_CHARS
-    if alone:
-        size = min(size, max(SHORTEST_PIECE_CHARS, len(text) // PIECES_OF_LONE_FILE))
+    share = int(len(text) * min(fraction, 1 / MANY_PIECES))
+    size = min(PIECE_CHARS, max(SHORTEST_PIECE_CHARS, share))
     pieces: list[str] = []
     start = 0
     while len(text) - start > size + size // 2:

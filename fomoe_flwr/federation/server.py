@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fomoe_flwr import costs, report
 from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings, SettingsError
+from fomoe_flwr.data.inventory import keep_inventory
 from fomoe_flwr.data.source import evaluation_blocks, prepare_tokenizer
 from fomoe_flwr.data.tokenizer import (
     load_tokenizer,
@@ -75,6 +76,7 @@ class Server:
         self.settings = settings
         self.run = RunDirectory(Path(settings.output_dir))
         self.heartbeat = heartbeat
+        keep_inventory(self.run.text, settings.data, resumed=bool(settings.resume))
         self.tokenizer: PreTrainedTokenizerFast = (
             load_tokenizer(self.run.tokenizer) if settings.resume else prepare_tokenizer(settings)
         )
