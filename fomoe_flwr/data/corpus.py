@@ -77,16 +77,36 @@ def read_documents(data: DataSettings, split: Split) -> list[Document]:
     missing = missing_splits(files)
     if split in missing or (split == "train" and missing):
         return _cut_out(files, missing, data)[0][split]
+    documents = _named(files, split, data)
+    if not documents:
+        raise DataError(f"data.path={data.path!r}: the {split} split has no text in it")
+    return documents
+
+
+def read_splits(data: DataSettings) -> tuple[dict[Split, list[Document]], tuple[Split, ...]]:
+    """Return the documents of all splits, and which splits `assign_sides` had to top up."""
+    _refuse_stream(data)
+    if not data.path:
+        return {split: _read_embedded(split) for split in SPLITS}, ()
+    files = list_files(data.path)
+    missing = missing_splits(files)
+    parts: dict[Split, list[Document]] = {}
+    topped_up: tuple[Split, ...] = ()
+    if missing:
+        parts, sides = _cut_out(files, missing, data)
+        topped_up = sides.topped_up
+    named = [split for split in SPLITS if not (split in missing or (split == "train" and missing))]
+    return parts | {split: _named(files, split, data) for split in named}, topped_up
+
+
+def _named(files: Sequence[TextFile], split: Split, data: DataSettings) -> list[Document]:
     wanted = ("", "train") if split == "train" else (split,)
-    documents = [
+    return [
         document
         for file in files
         if file.split in wanted
         for document in _documents(file, data, cut=False)
     ]
-    if not documents:
-        raise DataError(f"data.path={data.path!r}: the {split} split has no text in it")
-    return documents
 
 
 def missing_splits(files: Sequence[TextFile]) -> list[Split]:
@@ -161,9 +181,9 @@ def _read_embedded(split: Split) -> list[Document]:
 def _documents(file: TextFile, data: DataSettings, cut: bool) -> list[Document]:
     """Return the rows of a file or its text, in pieces if `cut`; without empty ones."""
     rows: Iterable[tuple[str, str]]
-    if file.path.suffix == ".parquet":
+    if file.kind == "parquet":
         rows = read_parquet(file.path, data.text_key, data.domain_key)
-    elif file.path.suffix in (".jsonl", ".json"):
+    elif file.kind == "json":
         rows = read_json(file.path, data.text_key, data.domain_key)
     else:
         text = read_text(file.path)
@@ -180,7 +200,7 @@ def _cut_out(
     for file in files:
         if file.split in ("", "train"):
             documents = _documents(file, data, cut=True)
-            is_one = file.path.suffix == ".txt"
+            is_one = file.kind == "text"
             groups += [documents] if is_one else [[document] for document in documents]
     texts = [[document.text for document in group] for group in groups]
     try:

@@ -13,13 +13,12 @@ from fomoe_flwr.config import DataSettings
 from fomoe_flwr.data import DataError
 from fomoe_flwr.data.corpus import READER_VERSION, embedded_corpus_path, signature
 from fomoe_flwr.data.stream import LOCAL_BUILDERS, files_to_stream
-from fomoe_flwr.data.text_files import list_files
+from fomoe_flwr.data.text_files import MOST_NAMED, list_files
 from fomoe_flwr.events import tell
 from fomoe_flwr.files import save_json
 
 # Files of a stream may not be read as a whole; of them the size and both ends count.
 ENDS_BYTES = 2**20
-MOST_NAMED = 5
 
 
 def keep_inventory(kept: Path, data: DataSettings, *, resumed: bool) -> None:

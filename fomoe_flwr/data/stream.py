@@ -17,11 +17,7 @@ from fomoe_flwr.data.corpus import Document
 from fomoe_flwr.data.holdout import HELDOUT_SPLITS, SPLITS, Split
 from fomoe_flwr.data.text_files import TextFile, list_files
 
-LOCAL_BUILDERS = {
-    "parquet": (".parquet",),
-    "json": (".json", ".jsonl"),
-    "text": (".txt",),
-}
+LOCAL_BUILDERS = ("parquet", "json", "text")
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev")}
 STREAM_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError)
 
@@ -141,8 +137,7 @@ def _local_files(data: DataSettings) -> list[TextFile]:
         raise DataError(
             f"data.dataset={data.dataset!r} reads local files; set data.path to a file or folder"
         )
-    kinds = LOCAL_BUILDERS[data.dataset]
-    files = [file for file in list_files(data.path) if file.path.suffix in kinds]
+    files = [file for file in list_files(data.path) if file.kind == data.dataset]
     if not files:
         raise DataError(
             f"data.path={data.path!r} holds no {data.dataset} file; set data.path or data.dataset"

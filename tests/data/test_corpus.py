@@ -77,8 +77,7 @@ def test_one_text_file_makes_three_splits(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(text)
     parts = {split: read_documents(settings(tmp_path / "book.txt"), split) for split in SPLITS}  # type: ignore[arg-type]
     pieces = cut_text(text, 0.02)
-    assert {d.text for d in parts["test"] + parts["validation"]} <= set(pieces)
-    assert len(parts["test"] + parts["validation"]) < len(pieces) / 8
+    assert 0 < sum(len(d.text) for d in parts["test"] + parts["validation"]) < len(text) / 5
     assert {d.domain for d in parts["train"]} == {"book"}
     assert max(len(d.text) for d in parts["train"]) <= 12_000
     # Neighbours in training are one document again.
