@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 
+from fomoe_flwr.config import DataSettings
+from fomoe_flwr.data.corpus import read_splits
 from fomoe_flwr.data.holdout import (
     HELDOUT_SPLITS,
     MANY_PIECES,
+    SPLITS,
     Split,
     TooFewTextsError,
     assign_sides,
 )
 
 Groups = list[list[str]]
+FIND = re.compile(r"Sentence \d+ says")
 
 
 def sides(
@@ -97,3 +104,30 @@ def test_texts_that_differ_in_white_space_alone_lie_on_one_side() -> None:
 def test_a_share_is_held_out() -> None:
     found = list(sides([[f"row {n}"] for n in range(20_000)], 0.02).values())
     assert all(0.017 < found.count(split) / len(found) < 0.023 for split in HELDOUT_SPLITS)
+
+
+def test_files_that_are_added_never_move_held_out_text_into_training(tmp_path: Path) -> None:
+    def sentences(first: int, count: int) -> list[str]:
+        return [f"Sentence {n} says one thing that no other does." for n in range(first, count)]
+
+    def held_out() -> set[str]:
+        parts, topped_up = read_splits(DataSettings(path=str(tmp_path)))
+        found = {s: {d for each in parts[s] for d in FIND.findall(each.text)} for s in SPLITS}
+        assert not topped_up
+        assert not found["train"] & (found["test"] | found["validation"])
+        return found["test"] | found["validation"]
+
+    (tmp_path / "m.txt").write_text("\n".join(sentences(0, 2000)))
+    before = held_out()
+    assert before
+    added = {
+        "a.txt": "\n".join(sentences(2000, 9000)),
+        "copy.txt": "\n".join(sentences(0, 2000)),
+        "short.txt": "Sentence 9001",
+        "z.jsonl": "\n".join(json.dumps({"text": text}) for text in sentences(9002, 9900)),
+    }
+    for name, text in added.items():
+        (tmp_path / name).write_text(text)
+        after = held_out()
+        assert before <= after
+        before = after
