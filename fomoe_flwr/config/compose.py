@@ -39,8 +39,10 @@ RESUMABLE_KEYS = (
     "local.threads",
     "local.parallel",
     "local.processes",
+    "data.path",
 )
-"""What may change when a run is resumed; everything else is the run's identity."""
+"""What may change when a run is resumed; everything else is the run's identity. Text may move, but
+`data/inventory.py` sees to it that it is the same."""
 
 
 _MOST_NAMED = 20

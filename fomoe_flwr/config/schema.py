@@ -78,7 +78,7 @@ class DataSettings:
     """Where text comes from. No path and no data set means the embedded corpus."""
 
     path: str = ""
-    """A .txt, .parquet or .jsonl file, or a folder of them."""
+    """A file of text, JSON lines or Parquet, or a folder of them."""
     dataset: str = ""
     """Data set on the hub, streamed; or `parquet`, `json`, `text` to stream the files of `path`."""
     dataset_config: str = ""
@@ -94,7 +94,7 @@ class DataSettings:
     sequence_length: int = number(128, at_least=8)
     """Tokens of a window."""
     holdout_fraction: float = number(0.02, above=0, below=0.5)
-    """Share of the documents for validation, and again as many for test."""
+    """Share of the documents for validation, and again as many for test; see the tutorial."""
     tokenizer: str = ""
     """Folder or hub name of a tokenizer; empty means to train one on the text."""
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fomoe_flwr.config import DataSettings
 from fomoe_flwr.data import DataError, first_line
+from fomoe_flwr.data.holdout import (
+    HELDOUT_SPLITS,
+    SPLITS,
+    Sides,
+    Split,
+    TooFewTextsError,
+    assign_sides,
+)
 from fomoe_flwr.data.text_files import (
+    PIECE_CHARS,
     TextFile,
     cut_text,
     list_files,
@@ -23,12 +31,8 @@ from fomoe_flwr.data.text_files import (
     read_text,
 )
 
-Split = Literal["train", "validation", "test"]
-HELDOUT_SPLITS: tuple[Split, ...] = ("test", "validation")
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-
 # Part of the fingerprint: raise it whenever the same files give other documents.
-READER_VERSION = 1
+READER_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ def read_documents(data: DataSettings, split: Split) -> list[Document]:
     """Return the documents of one split, in a fixed order.
 
     Reads the embedded corpus, or `data.path`. Where the files name no splits themselves, test and
-    validation take `data.holdout_fraction` of the documents each (at least one), chosen by the
-    sha256 of the text, so equal texts never lie on both sides.
+    validation take about `data.holdout_fraction` of the documents each (at least one), by the rule
+    of `assign_sides`.
     Raises DataError if the data cannot be read or the split has no document.
     """
     if split not in SPLITS:
@@ -70,16 +74,45 @@ def read_documents(data: DataSettings, split: Split) -> list[Document]:
     if not data.path:
         return _read_embedded(split)
     files = list_files(data.path)
-    named = {file.split for file in files}
-    missing = [held for held in HELDOUT_SPLITS if held not in named]
+    missing = missing_splits(files)
     if split in missing or (split == "train" and missing):
-        rest = [file for file in files if file.split in ("", "train")]
-        return _hold_out(_read_files(rest, data, cut=True), missing, split, data)
-    wanted = ("", "train") if split == "train" else (split,)
-    documents = _read_files([file for file in files if file.split in wanted], data)
+        return _cut_out(files, missing, data)[0][split]
+    documents = _named(files, split, data)
     if not documents:
         raise DataError(f"data.path={data.path!r}: the {split} split has no text in it")
     return documents
+
+
+def read_splits(data: DataSettings) -> tuple[dict[Split, list[Document]], tuple[Split, ...]]:
+    """Return the documents of all splits, and which splits `assign_sides` had to top up."""
+    _refuse_stream(data)
+    if not data.path:
+        return {split: _read_embedded(split) for split in SPLITS}, ()
+    files = list_files(data.path)
+    missing = missing_splits(files)
+    parts: dict[Split, list[Document]] = {}
+    topped_up: tuple[Split, ...] = ()
+    if missing:
+        parts, sides = _cut_out(files, missing, data)
+        topped_up = sides.topped_up
+    named = [split for split in SPLITS if not (split in missing or (split == "train" and missing))]
+    return parts | {split: _named(files, split, data) for split in named}, topped_up
+
+
+def _named(files: Sequence[TextFile], split: Split, data: DataSettings) -> list[Document]:
+    wanted = ("", "train") if split == "train" else (split,)
+    return [
+        document
+        for file in files
+        if file.split in wanted
+        for document in _documents(file, data, cut=False)
+    ]
+
+
+def missing_splits(files: Sequence[TextFile]) -> list[Split]:
+    """Return the held-out splits that no file is named after, so that they are cut out."""
+    named = {file.split for file in files}
+    return [held for held in HELDOUT_SPLITS if held not in named]
 
 
 def fingerprint(data: DataSettings) -> str:
@@ -145,45 +178,48 @@ def _read_embedded(split: Split) -> list[Document]:
     return documents
 
 
-def _read_files(files: Sequence[TextFile], data: DataSettings, cut: bool = False) -> list[Document]:
-    documents: list[Document] = []
-    for file in files:
-        for text, domain in _read_file(file, data, cut, alone=len(files) == 1):
-            if text.strip():
-                documents.append(Document(text, domain or file.domain))
-    return documents
-
-
-def _read_file(
-    file: TextFile, data: DataSettings, cut: bool, alone: bool
-) -> Iterator[tuple[str, str]]:
-    if file.path.suffix == ".parquet":
-        yield from read_parquet(file.path, data.text_key, data.domain_key)
-    elif file.path.suffix in (".jsonl", ".json"):
-        yield from read_json(file.path, data.text_key, data.domain_key)
+def _documents(file: TextFile, data: DataSettings, cut: bool) -> list[Document]:
+    """Return the rows of a file or its text, in pieces if `cut`; without empty ones."""
+    rows: Iterable[tuple[str, str]]
+    if file.kind == "parquet":
+        rows = read_parquet(file.path, data.text_key, data.domain_key)
+    elif file.kind == "json":
+        rows = read_json(file.path, data.text_key, data.domain_key)
     else:
         text = read_text(file.path)
-        for piece in cut_text(text, alone=alone) if cut else [text]:
-            yield piece, ""
+        pieces = cut_text(text, data.holdout_fraction) if cut else [text]
+        rows = ((piece, "") for piece in pieces)
+    return [Document(text, domain or file.domain) for text, domain in rows if text.strip()]
 
 
-def _hold_out(
-    documents: list[Document], missing: Sequence[Split], split: Split, data: DataSettings
-) -> list[Document]:
-    """Return the part of `documents` that makes `split`, where the `missing` ones are cut out."""
-    digests = [hashlib.sha256(document.text.encode()).hexdigest() for document in documents]
-    ranked = sorted(set(digests))
-    share = max(1, round(data.holdout_fraction * len(ranked)))
-    if len(ranked) <= share * len(missing):
+def _cut_out(
+    files: Sequence[TextFile], missing: Sequence[Split], data: DataSettings
+) -> tuple[dict[Split, list[Document]], Sides]:
+    """Return the training text by split, where the `missing` ones are cut out of it."""
+    groups: list[list[Document]] = []
+    for file in files:
+        if file.split in ("", "train"):
+            documents = _documents(file, data, cut=True)
+            is_one = file.kind == "text"
+            groups += [documents] if is_one else [[document] for document in documents]
+    texts = [[document.text for document in group] for group in groups]
+    try:
+        sides = assign_sides(texts, missing, data.holdout_fraction)
+    except TooFewTextsError as error:
+        found, needed = error.args
         raise DataError(
-            f"data.path={data.path!r} has {len(ranked)} different documents, {len(missing) + 1} "
+            f"data.path={data.path!r} has {found} different documents, {needed} "
             f"are needed to make train and {' and '.join(missing)} splits; add text to data.path"
-        )
-    side: dict[str, Split] = {}
-    for place, held in enumerate(missing):
-        side.update(dict.fromkeys(ranked[place * share : (place + 1) * share], held))
-    return [
-        document
-        for document, digest in zip(documents, digests, strict=True)
-        if side.get(digest, "train") == split
-    ]
+        ) from None
+    parts: dict[Split, list[Document]] = {split: [] for split in SPLITS}
+    for group, splits in zip(groups, sides.splits, strict=True):
+        before: Split | None = None
+        for document, split in zip(group, splits, strict=True):
+            kept = parts[split]
+            # Neighbours on one side are one document again, as long as it is no longer than others.
+            if split == before and len(kept[-1].text) + len(document.text) <= PIECE_CHARS:
+                kept[-1] = Document(kept[-1].text + document.text, document.domain)
+            else:
+                kept.append(document)
+            before = split
+    return parts, sides

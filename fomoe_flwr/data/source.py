@@ -13,7 +13,8 @@ from fomoe_flwr.config import DataSettings, LocalSettings, Settings
 from fomoe_flwr.data import DataError
 from fomoe_flwr.data.batches import Batches, BlockBatches, StreamBatches
 from fomoe_flwr.data.cache import cache_dir, cached_at
-from fomoe_flwr.data.corpus import Split, fingerprint, read_documents
+from fomoe_flwr.data.corpus import fingerprint, read_documents
+from fomoe_flwr.data.holdout import Split
 from fomoe_flwr.data.partition import partition_blocks
 from fomoe_flwr.data.stream import heldout_documents, open_stream, row_text
 from fomoe_flwr.data.tokenizer import (

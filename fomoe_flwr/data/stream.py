@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset, load_dataset
@@ -12,14 +13,11 @@ from datasets.exceptions import DatasetsError
 
 from fomoe_flwr.config import DataSettings
 from fomoe_flwr.data import DataError, first_line
-from fomoe_flwr.data.corpus import HELDOUT_SPLITS, SPLITS, Document, Split
-from fomoe_flwr.data.text_files import list_files
+from fomoe_flwr.data.corpus import Document
+from fomoe_flwr.data.holdout import HELDOUT_SPLITS, SPLITS, Split
+from fomoe_flwr.data.text_files import TextFile, list_files
 
-LOCAL_BUILDERS = {
-    "parquet": (".parquet",),
-    "json": (".json", ".jsonl"),
-    "text": (".txt",),
-}
+LOCAL_BUILDERS = ("parquet", "json", "text")
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev")}
 STREAM_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError)
 
@@ -129,19 +127,28 @@ def _load(data: DataSettings) -> dict[str, IterableDataset]:
         raise stream_error(data, error) from None
 
 
-def _data_files(data: DataSettings) -> dict[str, list[str]]:
+def files_to_stream(data: DataSettings) -> list[Path]:
+    """Return the files that a stream of local files reads. Raises DataError."""
+    return [file.path for file in _local_files(data)]
+
+
+def _local_files(data: DataSettings) -> list[TextFile]:
     if not data.path:
         raise DataError(
             f"data.dataset={data.dataset!r} reads local files; set data.path to a file or folder"
         )
-    files: dict[str, list[str]] = {}
-    for file in list_files(data.path):
-        if file.path.suffix in LOCAL_BUILDERS[data.dataset]:
-            files.setdefault(file.split or "train", []).append(str(file.path.resolve()))
+    files = [file for file in list_files(data.path) if file.kind == data.dataset]
     if not files:
         raise DataError(
             f"data.path={data.path!r} holds no {data.dataset} file; set data.path or data.dataset"
         )
+    return files
+
+
+def _data_files(data: DataSettings) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for file in _local_files(data):
+        files.setdefault(file.split or "train", []).append(str(file.path.resolve()))
     return files
 
 

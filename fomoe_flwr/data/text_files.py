@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +16,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fomoe_flwr.data import DataError, first_line
+from fomoe_flwr.data.holdout import MANY_PIECES
 
-SUFFIXES = (".txt", ".parquet", ".jsonl", ".json")
+KINDS = {
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".md": "text",
+    ".markdown": "text",
+    ".text": "text",
+}
+# Besides .gz after any of these but .parquet, and capitals in all of them.
+SUFFIXES = tuple(KINDS)
 PIECE_CHARS = 8_000
-# A lone short file still has to give all three splits, so its pieces may be as short as this.
+# A short file is split too, so its pieces may be as short as this.
 SHORTEST_PIECE_CHARS = 1_000
-PIECES_OF_LONE_FILE = 16
+# Files of a sort that a message names.
+MOST_NAMED = 5
 
 SPLIT_NAMES = {
     "train": "train",
@@ -39,8 +55,27 @@ class TextFile:
     split: str
     domain: str
 
+    @property
+    def kind(self) -> str:
+        """What is in it: text, parquet or json."""
+        return _kind_of(self.path)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `data.path` stands for: the files to read, and why others are left out."""
+
+    files: list[TextFile]
+    left_out: dict[str, str]
+    """{path inside the folder: reason}"""
+
 
 def list_files(path: str) -> list[TextFile]:
+    """Return the files that `data.path` stands for, as `survey_files` does."""
+    return survey_files(path).files
+
+
+def survey_files(path: str) -> Survey:
     """Return the files that `data.path` stands for, sorted by their path inside the folder.
 
     Where a file or sub-folder is named train, files that belong to no split are left out; where
@@ -51,57 +86,133 @@ def list_files(path: str) -> list[TextFile]:
     kinds = " ".join(SUFFIXES)
     try:
         if root.is_file():
-            if root.suffix not in SUFFIXES:
+            if not _kind_of(root):
                 raise DataError(f"data.path={path!r} must end in one of {kinds}; set data.path")
-            return [TextFile(root, "", root.stem)]
+            return Survey([TextFile(root, "", _stem(root))], {})
         if not root.is_dir():
             raise DataError(f"data.path={path!r} does not exist; set it to a file or a folder")
-        relative = [
-            found.relative_to(root)
-            for found in root.rglob("*")
-            if found.suffix in SUFFIXES and found.is_file()
-        ]
+        names, left_out = _walk(root)
     except OSError as error:
         raise DataError(f"data.path={path!r} cannot be read: {error.strerror}") from None
-    visible = [name for name in relative if not any(p.startswith(".") for p in name.parts)]
-    if not visible:
-        raise DataError(f"data.path={path!r} holds no file that ends in one of {kinds}")
+    if not names:
+        raise DataError(
+            f"data.path={path!r} holds no file that ends in one of {kinds}{told_left_out(left_out)}"
+        )
     files = [
         TextFile(root / name, _split_of(name), _domain_of(name, root))
-        for name in sorted(visible, key=lambda name: name.as_posix())
+        for name in sorted(names, key=lambda name: name.as_posix())
     ]
     if any(file.split == "train" for file in files):
-        return [file for file in files if file.split]
-    return files
+        reason = "others are named train, it is named after no split"
+        left_out |= {f.path.relative_to(root).as_posix(): reason for f in files if not f.split}
+        files = [file for file in files if file.split]
+    return Survey(files, left_out)
+
+
+def told_left_out(left_out: dict[str, str]) -> str:
+    """Return the files that are left out, by reason, as the end of a sentence."""
+    reasons: dict[str, list[str]] = {}
+    for name in sorted(left_out):
+        reasons.setdefault(left_out[name], []).append(name)
+    told = [
+        ", ".join(names[:MOST_NAMED])
+        + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+        + f" ({reason})"
+        for reason, names in sorted(reasons.items())
+    ]
+    return f"; left out: {'; '.join(told)}" if told else ""
+
+
+def _walk(root: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the paths of readable kinds inside a folder, and why others are left out."""
+    names: list[Path] = []
+    left_out: dict[str, str] = {}
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise error
+        left_out[Path(error.filename).relative_to(root).as_posix()] = f"{error.strerror}"
+
+    top, linked = root.resolve(), set[Path]()
+    for place, folders, found in os.walk(root, onerror=unreadable, followlinks=True):
+        here = Path(place)
+        for folder in sorted(folders):
+            inside, reason = here / folder, ""
+            if folder.startswith("."):
+                reason = "hidden"
+            elif inside.is_symlink():
+                target = inside.resolve()
+                is_known = any(target.is_relative_to(t) for t in (top, *linked))
+                if is_known or top.is_relative_to(target):
+                    reason = "a link to a folder that is read already"
+                linked.add(target)
+            if reason:
+                folders.remove(folder)
+                left_out[inside.relative_to(root).as_posix()] = reason
+        folders.sort()
+        for name in found:
+            if reason := _why_not(here / name):
+                left_out[(here / name).relative_to(root).as_posix()] = reason
+            else:
+                names.append((here / name).relative_to(root))
+    return names, left_out
+
+
+def _why_not(path: Path) -> str:
+    """Return why a file in a folder is not read; nothing if it is."""
+    if path.name.startswith("."):
+        return "hidden"
+    if not _kind_of(path):
+        return f"kind {path.suffix or 'without suffix'} is not read"
+    if not path.is_file():
+        return "a link to nothing" if path.is_symlink() else "no file"
+    # A data set brings a card of this name.
+    return "says what is in a folder" if path.name.lower() == "readme.md" else ""
+
+
+def _kind_of(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        inner = KINDS.get(Path(path.stem).suffix.lower(), "")
+        return "" if inner == "parquet" else inner
+    return KINDS.get(suffix, "")
+
+
+def _stem(path: Path) -> str:
+    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
 
 
 def _split_of(relative: Path) -> str:
     for folder in relative.parts[:-1]:
-        if folder in SPLIT_NAMES:
-            return SPLIT_NAMES[folder]
-    match = SPLIT_STEM.fullmatch(relative.stem)
+        if folder.lower() in SPLIT_NAMES:
+            return SPLIT_NAMES[folder.lower()]
+    match = SPLIT_STEM.fullmatch(_stem(relative).lower())
     return SPLIT_NAMES[match[1]] if match else ""
 
 
 def _domain_of(relative: Path, root: Path) -> str:
     for folder in relative.parts[:-1]:
-        if folder not in SPLIT_NAMES:
+        if folder.lower() not in SPLIT_NAMES:
             return folder
-    if SPLIT_STEM.fullmatch(relative.stem):
+    if SPLIT_STEM.fullmatch(_stem(relative).lower()):
         return root.resolve().name
-    return relative.stem
+    return _stem(relative)
 
 
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file; raise DataError if it is none or cannot be read."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 (byte {error.start}); convert it or take it out of data.path"
         ) from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check data.path") from None
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three.
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"cannot read {path}: {reason}; check data.path") from None
 
 
 def read_parquet(path: Path, text_key: str, domain_key: str) -> Iterator[tuple[str, str]]:
@@ -134,7 +245,7 @@ def read_json(path: Path, text_key: str, domain_key: str) -> Iterator[tuple[str,
 
 
 def _json_rows(path: Path, content: str) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".json":
+    if ".json" in (path.suffix.lower(), Path(path.stem).suffix.lower()):
         try:
             whole = json.loads(content)
         except (json.JSONDecodeError, RecursionError):
@@ -176,15 +287,14 @@ def _text_and_domain(
     return text, "" if domain is None else str(domain)
 
 
-def cut_text(text: str, alone: bool = False) -> list[str]:
-    """Return the text in pieces of about 8,000 characters, cut at paragraphs, lines or blanks.
+def cut_text(text: str, fraction: float) -> list[str]:
+    """Return the text in pieces, cut at paragraphs, lines or blanks; joined they are the text.
 
-    A file that is `alone` is cut shorter if need be, to 16 pieces of at least 1,000 characters,
-    so that a short file can be split too. The pieces joined are the text.
+    A piece is about `fraction` of the text, and a sixteenth at most; but 1,000 characters at
+    least and 8,000 at most. Nothing but the text itself says where it is cut.
     """
-    size = PIECE_CHARS
-    if alone:
-        size = min(size, max(SHORTEST_PIECE_CHARS, len(text) // PIECES_OF_LONE_FILE))
+    share = int(len(text) * min(fraction, 1 / MANY_PIECES))
+    size = min(PIECE_CHARS, max(SHORTEST_PIECE_CHARS, share))
     pieces: list[str] = []
     start = 0
     while len(text) - start > size + size // 2:

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from fomoe_flwr.config import DataSettings
 from fomoe_flwr.data import DataError
 from fomoe_flwr.data.cache import cached_at
-from fomoe_flwr.data.corpus import Document, Split, fingerprint, read_documents
+from fomoe_flwr.data.corpus import Document, fingerprint, read_documents
+from fomoe_flwr.data.holdout import Split
 from fomoe_flwr.data.tokenizer import tokenizer_digest, tokenizer_from_json
 from fomoe_flwr.files import replace_file, save_json
 

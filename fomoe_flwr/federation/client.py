@@ -15,6 +15,7 @@ from flwr.app import Context, RecordDict
 from fomoe_flwr import __version__
 from fomoe_flwr.config import Settings
 from fomoe_flwr.data.cache import cache_dir, cached_at
+from fomoe_flwr.data.inventory import check_worker_text
 from fomoe_flwr.data.source import NodeData
 from fomoe_flwr.data.tokenizer import tokenizer_digest
 from fomoe_flwr.federation import wire
@@ -85,6 +86,8 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     shared, experts = vectors.pop(wire.WEIGHTS)
     text = _tokenizer_text(header.tokenizer_digest)
     data = _node_data(settings, header.worker, text, context)
+    state_dir = _state_dir(context, header)
+    check_worker_text(state_dir, settings.data)
     task = RoundTask(
         settings=settings,
         spec=spec,
@@ -93,7 +96,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         residents=header.residents,
         shared=shared,
         experts=experts,
-        state_dir=_state_dir(context, header),
+        state_dir=state_dir,
         keep_rounds=header.keep_rounds,
         fragment=header.fragment,
         moments=vectors,

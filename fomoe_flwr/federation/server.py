@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fomoe_flwr import costs, report
 from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings, SettingsError
+from fomoe_flwr.data.inventory import keep_inventory
 from fomoe_flwr.data.source import evaluation_blocks, prepare_tokenizer
+from fomoe_flwr.data.summary import summarise_text
 from fomoe_flwr.data.tokenizer import (
     load_tokenizer,
     token_byte_lengths,
@@ -75,6 +77,7 @@ class Server:
         self.settings = settings
         self.run = RunDirectory(Path(settings.output_dir))
         self.heartbeat = heartbeat
+        keep_inventory(self.run.text, settings.data, resumed=bool(settings.resume))
         self.tokenizer: PreTrainedTokenizerFast = (
             load_tokenizer(self.run.tokenizer) if settings.resume else prepare_tokenizer(settings)
         )
@@ -126,7 +129,8 @@ class Server:
         """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
         try:
             layout = self.strategy.layouts.expected(self.rounds_done + 1)
-            report.print_start(self.settings, self.run, layout)
+            text = summarise_text(self.settings.data, self.identity.tokenizer_json)
+            report.print_start(self.settings, self.run, layout, text)
             self._write_summary("running")
             if self.rounds_done == 0:
                 self._evaluate_start()

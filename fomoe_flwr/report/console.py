@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,12 +17,13 @@ from fomoe_flwr.report.units import count, number, size
 from fomoe_flwr.run.directory import RunDirectory
 
 if TYPE_CHECKING:
+    from fomoe_flwr.data.summary import TextSummary
     from fomoe_flwr.run.evaluation import EvalReport
 
 _WIDTH = 110
 
 
-def print_start(settings: Settings, run: RunDirectory, layout: Layout) -> None:
+def print_start(settings: Settings, run: RunDirectory, layout: Layout, text: TextSummary) -> None:
     """Say what is about to run and what it will cost."""
     predicted: dict[str, Any] = dict(costs.summary(settings))
     workers = settings.layout.num_workers
@@ -31,6 +33,7 @@ def print_start(settings: Settings, run: RunDirectory, layout: Layout) -> None:
     rows = [
         ("run directory", str(run.path)),
         ("experiment", f"{settings.experiment} (preset {settings.preset}, seed {settings.seed})"),
+        *_text_rows(settings, text),
         (
             "model",
             f"{settings.model.name}: {count(predicted['params/total'])} parameters, "
@@ -62,10 +65,29 @@ def print_start(settings: Settings, run: RunDirectory, layout: Layout) -> None:
     ]
     tell(
         "start",
-        "\n".join(f"{name + ':':<16}{text}" for name, text in rows),
-        **{name.replace(" ", "_"): text for name, text in rows},
+        "\n".join(f"{name + ':':<16}{value}" for name, value in rows),
+        **{name.strip().replace(" ", "_"): value for name, value in rows},
         **predicted,
+        **{
+            f"text/{split}/{key}": value
+            for split, found in text.splits.items()
+            for key, value in asdict(found).items()
+        },
     )
+
+
+def _text_rows(settings: Settings, text: TextSummary) -> Iterator[tuple[str, str]]:
+    data = settings.data
+    source = data.path or data.dataset or "embedded corpus"
+    files = f", {text.files} file{'s' * (text.files != 1)}" if text.files else ""
+    yield "text", f"{source}{files}{', streamed' if data.dataset else ''}"
+    for split, found in text.splits.items():
+        tokens = f"{count(found.tokens)} tokens" if found.tokens else "too short for a window"
+        number = f"{found.documents} document{'s' * (found.documents != 1)}"
+        note = " (little text: chosen by rank)" if split in text.topped_up else ""
+        yield f"  {split}", f"{number}, {size(found.bytes)}, {tokens}{note}"
+    if text.left_out:
+        yield "  left out", text.left_out
 
 
 def print_before(result: EvalReport, entropy: float) -> None:

@@ -6,6 +6,7 @@ tokenizer/       as trained or given          layout.json     round -> layer -> 
 checkpoints/     see `checkpoint`             samples/        text after each evaluation
 plots/, report.html                           workers/        inner state (simulation only)
 export/          transformers checkpoint      heartbeat.json  which process is at what
+text.json        what text it reads
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class RunDirectory:
         self.routing = path / "routing.jsonl"
         self.summary = path / "summary.json"
         self.layout = path / "layout.json"
+        self.text = path / "text.json"
         self.heartbeat = path / "heartbeat.json"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"

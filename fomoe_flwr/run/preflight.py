@@ -8,12 +8,13 @@ import torch
 
 from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import layout_context
+from fomoe_flwr.data.inventory import check_inventory
 from fomoe_flwr.data.source import check_data
 from fomoe_flwr.layout import check_layout
 from fomoe_flwr.model.pretrained import check_pretrained
 from fomoe_flwr.parallel.batch_split import BatchSplit
 from fomoe_flwr.parallel.choice import num_processes
-from fomoe_flwr.run.directory import claim_output_dir
+from fomoe_flwr.run.directory import RunDirectory, claim_output_dir
 from fomoe_flwr.run.tracking import check_tracker
 from fomoe_flwr.worker.device import check_device, pick_device
 
@@ -33,4 +34,6 @@ def preflight(settings: Settings) -> None:
         check_pretrained(Path(model.pretrained), model)
     check_tracker(settings)
     check_data(settings)
+    if settings.resume:
+        check_inventory(RunDirectory(Path(settings.output_dir)).text, settings.data)
     claim_output_dir(settings)

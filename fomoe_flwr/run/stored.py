@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fomoe_flwr.config import find_run, read_settings
+from fomoe_flwr.data.inventory import check_inventory
 from fomoe_flwr.data.source import evaluation_blocks
 from fomoe_flwr.data.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_json
 from fomoe_flwr.data.tokens import heldout_windows
@@ -44,7 +45,8 @@ class StoredRun:
     def evaluate(
         self, split: Literal["validation", "test"], max_tokens: int | None
     ) -> dict[str, Any]:
-        """Score the global model on held-out text."""
+        """Score the global model on held-out text. Raises DataError if the text changed."""
+        check_inventory(self.run.text, self.settings.data)
         blocks = evaluation_blocks(self.settings, tokenizer_json(self.tokenizer), split)
         result = evaluate(
             self.model,

@@ -73,14 +73,16 @@ def test_damaged_embedded_corpus_is_refused(
 
 
 def test_one_text_file_makes_three_splits(tmp_path: Path) -> None:
-    text = "\n\n".join(f"Paragraph {n}: " + "word " * 90 for n in range(900))
+    text = "\n\n".join(f"Paragraph {n}: " + "word " * 90 for n in range(90))
     (tmp_path / "book.txt").write_text(text)
     parts = {split: read_documents(settings(tmp_path / "book.txt"), split) for split in SPLITS}  # type: ignore[arg-type]
-    assert sum(map(len, parts.values())) == len(cut_text(text, alone=True))
-    assert len(parts["test"]) == len(parts["validation"]) == 1
+    pieces = cut_text(text, 0.02)
+    assert 0 < sum(len(d.text) for d in parts["test"] + parts["validation"]) < len(text) / 5
     assert {d.domain for d in parts["train"]} == {"book"}
     assert max(len(d.text) for d in parts["train"]) <= 12_000
-    assert sorted(d.text for p in parts.values() for d in p) == sorted(cut_text(text, alone=True))
+    # Neighbours in training are one document again.
+    assert len(parts["train"]) < len(pieces) / 3
+    assert sorted("".join(d.text for p in parts.values() for d in p)) == sorted(text)
 
 
 def test_short_text_file_makes_three_splits(tmp_path: Path) -> None:
@@ -93,9 +95,9 @@ def test_short_text_file_makes_three_splits(tmp_path: Path) -> None:
     "text",
     ["", "x", "a\n\nb" * 9000, "x" * 50_000, "word " * 9000, "l\n" * 12_000],
 )
-@pytest.mark.parametrize("alone", [False, True])
-def test_pieces_joined_are_the_text(text: str, alone: bool) -> None:
-    pieces = cut_text(text, alone)
+@pytest.mark.parametrize("fraction", [0.001, 0.02, 0.4])
+def test_pieces_joined_are_the_text(text: str, fraction: float) -> None:
+    pieces = cut_text(text, fraction)
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= 12_000 for piece in pieces)
 
@@ -106,7 +108,7 @@ def test_splits_by_hash_are_disjoint_and_deterministic(tmp_path: Path) -> None:
     data = settings(tmp_path / "a.jsonl", holdout_fraction=0.1)
     parts = {split: read_documents(data, split) for split in SPLITS}  # type: ignore[arg-type]
     texts = {split: {d.text for d in documents} for split, documents in parts.items()}
-    assert len(texts["test"]) == len(texts["validation"]) == 15
+    assert all(8 <= len(texts[split]) <= 22 for split in ("test", "validation"))
     assert not texts["train"] & texts["test"]
     assert not texts["train"] & texts["validation"]
     assert not texts["test"] & texts["validation"]
@@ -137,8 +139,9 @@ def test_missing_splits_are_cut_from_train(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": f"t{n}"} for n in range(50)])
     write_jsonl(tmp_path / "test.jsonl", [{"text": "the test"}])
     assert [d.text for d in read_documents(settings(tmp_path), "test")] == ["the test"]
-    assert len(read_documents(settings(tmp_path), "validation")) == 1
-    assert len(read_documents(settings(tmp_path), "train")) == 49
+    sizes = [len(read_documents(settings(tmp_path), split)) for split in ("validation", "train")]
+    assert min(sizes) >= 1
+    assert sum(sizes) == 50
 
 
 def test_only_heldout_named_leaves_the_rest_to_train(tmp_path: Path) -> None:

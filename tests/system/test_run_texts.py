@@ -130,3 +130,23 @@ def test_text_too_short_for_one_window_is_refused(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "data.path" in line
     assert "data.sequence_length" in line
+
+
+def test_the_start_tells_what_is_read_and_what_is_not(
+    start: Start, small_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "BOOK.TXT").write_text(small_text.read_text("utf-8"), "utf-8")
+    (folder / "book.pdf").write_bytes(b"%PDF")
+    capsys.readouterr()
+    start("run", f"data.path={folder}", "rounds=1")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    (text,) = [line for line in lines if line.startswith("text:")]
+    assert text.endswith(f"{folder}, 1 file")
+    for split in ("train:", "validation:", "test:"):
+        (line,) = [line for line in lines if line.startswith(split)]
+        assert "document" in line
+        assert "tokens" in line
+    (line,) = [line for line in lines if line.startswith("left out:")]
+    assert "book.pdf (kind .pdf is not read)" in line
