@@ -34,11 +34,11 @@ _LIBRARIES = (
 _STORAGE = '[storage]\ndriver = "overlay"\ngraphroot = "{0}/graph"\nrunroot = "{0}/run"\n'
 # Without systemd, and within this process's own limits.
 _ENGINE = """[containers]
-default_ulimits = ["nofile={0}:{0}"]
+default_ulimits = ["nofile={0}:{0}", "nproc={1}:{1}"]
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
-runtime = "{1}"
+runtime = "{2}"
 """
 
 
@@ -64,9 +64,11 @@ class ComposeProject:
             folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "deploy" / "compose" / "compose.yaml", self.folder)
         (self.store / "storage.conf").write_text(_STORAGE.format(self.store))
-        most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 2**20)
+        limits = (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)
+        # Unlimited is -1.
+        most = [min(resource.getrlimit(limit)[1] % 2**63, 2**15) for limit in limits]
         runtime = "runc" if shutil.which("runc") else "crun"
-        (self.store / "containers.conf").write_text(_ENGINE.format(most, runtime))
+        (self.store / "containers.conf").write_text(_ENGINE.format(*most, runtime))
         self.variables = {
             **{k: v for k, v in os.environ.items() if k not in ("NODE_0", "NODE_1", "DATA")},
             "PATH": _path(),

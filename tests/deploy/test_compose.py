@@ -61,10 +61,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
 
 
 def _train(project: ComposeProject) -> Ended:
-    project.compose("run", "--rm", "setup")
+    project.compose("--profile=admin", "run", "--rm", "setup")
     project.compose("--profile=server", "up", "--detach")
     project.wait_until_healthy("superlink", "superexec")
-    project.compose("run", "--rm", "register")
+    project.compose("--profile=admin", "run", "--rm", "register")
     project.compose("--profile=node", "up", "--detach")
     project.wait_until_healthy("supernode-0", "supernode-1")
     checks = {
@@ -76,7 +76,9 @@ def _train(project: ComposeProject) -> Ended:
     said: list[str] = []
 
     def submit() -> None:
-        said.append(project.compose("run", "--rm", "submit", *words, seconds=600))
+        said.append(
+            project.compose("--profile=admin", "run", "--rm", "submit", *words, seconds=600)
+        )
 
     following = threading.Thread(target=submit)
     following.start()
@@ -168,6 +170,6 @@ def test_the_tasks_of_a_node_are_done_by_a_warm_worker(ended: Ended) -> None:
 
 def test_a_second_setup_keeps_the_credentials(ended: Ended) -> None:
     before = (ended.project.folder / "credentials" / "ca.crt").read_bytes()
-    said = ended.project.compose("run", "--rm", "setup", check=False)
+    said = ended.project.compose("--profile=admin", "run", "--rm", "setup", check=False)
     assert "ca.key" in said
     assert (ended.project.folder / "credentials" / "ca.crt").read_bytes() == before

@@ -181,7 +181,7 @@ def test_the_page_names_services_and_variables_that_exist() -> None:
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     section = page.partition("## With compose")[2].partition("\n## ")[0]
     profiles = {name for service in SERVICES.values() for name in service["profiles"]}
-    assert set(re.findall(r"--profile (\w+)", section)) == profiles - {"admin"}
+    assert set(re.findall(r"--profile (\w+)", section)) == profiles
     assert set(re.findall(r"run --rm (\w+)", section)) == {"setup", "register", "submit"}
     variables = set(re.findall(r"\$\{(\w+)", str(SERVICES)))
     told = set(re.findall(r"\b[A-Z]+(?:_[A-Z0-9]+)?\b", section))
