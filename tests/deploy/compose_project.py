@@ -148,6 +148,10 @@ class ComposeProject:
         found = json.loads(self.run("podman", "ps", "--all", "--format=json") or "[]")
         return {c["Names"][0]: c["State"] for c in found if service in c["Names"][0]}
 
+    def pid(self, service: str) -> int:
+        """Return the process of a service's container, as this machine numbers it."""
+        return int(self.run("podman", "inspect", "--format={{.State.Pid}}", self.name(service)))
+
     def name(self, service: str) -> str:
         """Return the name of a service's container."""
         return f"{self.folder.name}_{service}_1"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -51,7 +52,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     pages = sorted((ROOT / "docs").glob("*.md"))
     text = "\n\n".join(page.read_text(encoding="utf-8") for page in pages)
     (project.folder / "data" / "text.txt").write_text(text, encoding="utf-8")
-    (project.folder / ".env").write_text(f"PORT={free_port()}\n")
+    own_text = project.folder / "own"
+    own_text.mkdir()
+    (own_text / "text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"))
+    (project.folder / ".env").write_text(
+        f'PORT={free_port()}\nDATA_1=./own\nNODE_1=\'data-path="/data" device="cpu"\'\n'
+    )
     try:
         yield _train(project)
     finally:
@@ -83,7 +89,8 @@ def _train(project: ComposeProject) -> Ended:
     following = threading.Thread(target=submit)
     following.start()
     seen = _wait_for_rounds(project, 2)
-    project.run("podman", "kill", project.name("supernode-1"))
+    # As if it died by itself: `podman kill` tells podman that it shall stay down.
+    os.kill(project.pid("supernode-1"), signal.SIGKILL)
     following.join(timeout=600)
     assert said, "the run did not end"
     return Ended(
@@ -136,6 +143,16 @@ PROBES = {
         "touch /data/x 2>/dev/null || echo refused",
         "refused\n",
     ),
+    "a node has its own text if it is told": (
+        "supernode-1",
+        "tr '\\0' '\\n' </proc/1/cmdline | grep -o 'data-path.*'; ls /data",
+        'data-path="/data" device="cpu"\ntext.txt\n',
+    ),
+    "a node without words shares the run's text": (
+        "supernode-0",
+        "grep -c data-path /proc/1/cmdline; ls /data",
+        "0\ntext.txt\n",
+    ),
     "no credentials or history in the image": (
         "superlink",
         "ls -d /opt/fomoe/.git /opt/fomoe/tests /opt/fomoe/deploy/compose/credentials "
@@ -161,6 +178,11 @@ def test_both_nodes_trained_before_the_kill_and_one_was_missed_after(ended: Ende
     counted = [line["round/workers_ok"] for line in ended.lines]
     assert counted[: ended.seen_at_kill] == [2] * ended.seen_at_kill
     assert 1 in counted[ended.seen_at_kill :]
+
+
+def test_a_node_that_died_is_started_again_and_let_in(ended: Ended) -> None:
+    assert ended.project.containers("supernode-1") == {ended.project.name("supernode-1"): "running"}
+    ended.project.wait_until_healthy("supernode-1")
 
 
 def test_the_tasks_of_a_node_are_done_by_a_warm_worker(ended: Ended) -> None:
