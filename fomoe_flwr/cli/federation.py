@@ -64,9 +64,10 @@ def add_federation(commands: Any) -> None:
     keys.add_argument(
         "--host",
         action="append",
-        required=True,
+        default=[],
         metavar="NAME",
-        help="name or address by which nodes reach the SuperLink; repeat for more",
+        help="name or address by which nodes reach the SuperLink; repeat for more; "
+        "localhost and superlink (compose) are always among them",
     )
     keys.set_defaults(run=_credentials)
     node = own.add_parser("node-key", help="make a SuperNode's key pair")
@@ -197,7 +198,8 @@ def _credentials(options: argparse.Namespace) -> int:
     from fomoe_flwr.federation.deployment import credentials
 
     credentials.make_authority(options.folder)
-    credentials.make_server_certificate(options.folder, options.host)
+    names = dict.fromkeys([*options.host, *credentials.LOCAL_NAMES])
+    credentials.make_server_certificate(options.folder, list(names))
     credentials.make_secret(options.folder / "superexec.secret")
     print(f"made ca.crt, ca.key, server.crt, server.key and superexec.secret in {options.folder}")
     return 0

@@ -128,6 +128,11 @@ def test_the_commands_make_them_and_refuse_in_one_line(
         *("berlin", "berlin.pub", "ca.crt", "ca.key"),
         *("server.crt", "server.key", "superexec.secret"),
     ]
+    # On its own machine, and in deploy/compose, it has names that nobody needs to give.
+    certificate = x509.load_pem_x509_certificate((tmp_path / "server.crt").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    dns = names.get_values_for_type(x509.DNSName)
+    assert dns == ["link.example.org", "localhost", "superlink"]
     capsys.readouterr()
     assert main(words) == 2
     assert capsys.readouterr().err == (

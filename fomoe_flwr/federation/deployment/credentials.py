@@ -25,6 +25,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fomoe_flwr.errors import InputError, refusal
 
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "superlink")
+"""Names of a SuperLink on its own machine; the last is its name in deploy/compose."""
+
 _CLOCK_SKEW = timedelta(hours=1)
 
 

@@ -28,6 +28,7 @@ import psutil
 
 from fomoe_flwr.errors import InputError, RunError
 from fomoe_flwr.federation.deployment.credentials import (
+    LOCAL_NAMES,
     make_authority,
     make_node_key,
     make_secret,
@@ -204,7 +205,7 @@ class Loopback:
         self.home.mkdir(exist_ok=True)
         if not (self.credentials / "server.key").exists():
             make_authority(self.credentials)
-            make_server_certificate(self.credentials, ["localhost", _HOST, "::1"])
+            make_server_certificate(self.credentials, LOCAL_NAMES)
             make_secret(self.credentials / "superexec.secret")
         if not self._state:
             self._state = {"port": free_port(), "nodes": []}
