@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import psutil
 import pytest
 
 from fomoe_flwr.cli.main import main
-from fomoe_flwr.federation.deployment.launch import project_root
 from fomoe_flwr.run.directory import RunDirectory
 
 
@@ -105,20 +102,3 @@ def test_a_run_that_fails_inside_flower_fails_outside(runs: dict[str, Ended]) ->
     summary = RunDirectory(done.folder).read_summary()
     assert (summary["status"], summary["rounds_done"]) == ("failed", 0)
     assert "training loss is nan" in summary["error"]
-
-
-def test_the_bundle_has_both_apps_the_package_and_its_settings_and_no_tests() -> None:
-    from flwr.cli.build import build_fab_from_disk
-
-    root = project_root()
-    bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(root)))
-    names = {name for name in bundle.namelist() if not name.startswith(".info/")}
-    wanted = {"pyproject.toml", "server_app.py", "client_app.py"}
-    for pattern in ("conf/**/*.yaml", "fomoe_flwr/**/*.py"):
-        wanted |= {path.relative_to(root).as_posix() for path in root.glob(pattern)}
-    assert len(wanted) > 40
-    assert wanted <= names
-    extra = names - wanted
-    assert {name for name in extra if name not in ("LICENSE", "README.md")} == set()
-    for name in wanted - {"pyproject.toml"}:
-        assert bundle.read(name) == (root / name).read_bytes()

@@ -11,8 +11,10 @@ from command_line import (
 )
 
 from fomoe_flwr.config import load_settings
-from fomoe_flwr.federation.deployment.launch import project_root, words_for
+from fomoe_flwr.federation.deployment.launch import words_for
 from fomoe_flwr.federation.run_config import settings_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_words_for_flower_hold_in_any_working_directory(tmp_path: Path) -> None:
@@ -37,7 +39,7 @@ def test_words_for_flower_resume_the_same_run(
 
 def test_a_run_config_as_declared_resumes_a_run(start: Start) -> None:
     run = start("run", "rounds=2", "local.schedule=constant")
-    declared = tomllib.loads((project_root() / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     config = declared["tool"]["flwr"]["app"]["config"]
     assert settings_of(config | {"resume": str(run.path)}).rounds == 2
     overrides = f"resume={run.path} rounds=3 engine=flower"

@@ -12,8 +12,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from fomoe_flwr.config import PATHS, Settings, SettingsError, quoted
+from fomoe_flwr.config import PATHS, Settings, quoted
 from fomoe_flwr.events import pass_on, tell
+from fomoe_flwr.federation.deployment.app_folder import app_folder
 from fomoe_flwr.federation.deployment.process_family import (
     end_family,
     environment,
@@ -35,7 +36,6 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
 
     `overrides` are those that gave `settings`.
     """
-    root = project_root()
     run = RunDirectory(Path(settings.output_dir))
     home = run.path / "flower"
     home.mkdir(parents=True, exist_ok=True)
@@ -59,20 +59,14 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
             f"client-resources-num-cpus={limits.cpus_per_worker} "
             f"client-resources-num-gpus={limits.gpus_per_worker}"
         )
-        command = [
-            tool("flwr"),
-            "run",
-            str(root),
-            _CONNECTION,
-            "--stream",
-            "--run-config",
-            str(run_config),
-            "--federation-config",
-            federation,
-        ]
-        text = shlex.join(command)
-        tell("command", f"+ {text}", command=text)
-        _follow(command, variables, run.path)
+        with app_folder() as root:
+            command = [
+                *(tool("flwr"), "run", str(root), _CONNECTION, "--stream"),
+                *("--run-config", str(run_config), "--federation-config", federation),
+            ]
+            text = shlex.join(command)
+            tell("command", f"+ {text}", command=text)
+            _follow(command, variables, run.path)
     finally:
         end_family(home)
     return is_complete(settings)
@@ -135,17 +129,6 @@ def words_for(settings: Settings, overrides: Sequence[str]) -> list[str]:
         *(f"{key}={quoted(path)}" for key, path in paths.items()),
         "engine=flower",
     ]
-
-
-def project_root() -> Path:
-    """Return the checkout that `flwr run` bundles. Raises SettingsError without one."""
-    root = Path(__file__).resolve().parents[3]
-    if not (root / "server_app.py").is_file() or not (root / "pyproject.toml").is_file():
-        raise SettingsError(
-            "engine=flower bundles the project's source folder and none is installed beside "
-            f"{root}: install a checkout with `pip install -e .`, or use engine=in_process"
-        )
-    return root
 
 
 def _link_command(port: int) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any
 
 from fomoe_flwr.config import Settings, load_settings, quoted
 from fomoe_flwr.errors import RunError
-from fomoe_flwr.federation.deployment.launch import is_complete, project_root, write_run_config
+from fomoe_flwr.federation.deployment.app_folder import app_folder
+from fomoe_flwr.federation.deployment.launch import is_complete, write_run_config
 from fomoe_flwr.federation.deployment.process_family import environment, tool
 from fomoe_flwr.run.checkpoint import stored_rounds
 from fomoe_flwr.run.directory import RunDirectory
@@ -48,9 +49,8 @@ class SuperLink:
 
     def submit(self, run_config: Path) -> str:
         """Give a run to the SuperLink; return its id. Raises SubmissionError."""
-        answer = self._ask(
-            "run", str(project_root()), self.connection, "--run-config", str(run_config)
-        )
+        with app_folder() as app:
+            answer = self._ask("run", str(app), self.connection, "--run-config", str(run_config))
         if not answer.get("success"):
             raise SubmissionError(f"the SuperLink did not take the run: {answer}")
         return str(answer["run-id"])
