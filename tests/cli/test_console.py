@@ -45,7 +45,7 @@ def test_a_short_command_ends_quietly(words: tuple[str, ...], where: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "where", ["gone", "full", *(pytest.param(name, marks=SLOW) for name in ("closed", "both"))]
+    "where", ["gone", *(pytest.param(name, marks=SLOW) for name in ("full", "closed", "both"))]
 )
 def test_training_goes_on_without_a_console(where: str, tmp_path: Path) -> None:
     done = shell((*RUN, f"output_dir={tmp_path}"), SHELL[where])
@@ -87,6 +87,7 @@ def test_a_terminal_that_wants_no_colours_gets_none(variables: dict[str, str]) -
     assert b"\x1b[3mone" in shown["other"]
 
 
+@SLOW
 def test_what_is_no_terminal_gets_no_escape_codes_and_no_bars(tmp_path: Path) -> None:
     variables = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     done = shell((*RUN, f"output_dir={tmp_path / 'run'}"), "", **variables)
