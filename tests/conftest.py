@@ -100,7 +100,7 @@ def words(small_text: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from fomoe_flwr import files
     from fomoe_flwr.report import live
 
-    monkeypatch.setattr(live, "write_report", lambda run: [])
+    monkeypatch.setattr(live, "draw_beside", lambda run: None)
     # No power cut is expected here.
     monkeypatch.setattr(files, "_flush", lambda path: None)
     return [

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (lost := lost_output()) is None:
             raise
         return _lost(lost)
+    options.is_process = arguments is None
     tells = "log_format" in options
     events.use_format(options.log_format if tells else "text")
     status = 1

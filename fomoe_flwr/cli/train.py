@@ -63,6 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     overrides = expand_files(options.overrides)
     settings = absolute(load_settings(overrides))
     # After the settings, so that wrong ones are refused without waiting for torch.
+    from fomoe_flwr.run.phases import process_began
     from fomoe_flwr.run.preflight import preflight
 
     preflight(settings)
@@ -73,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     else:
         from fomoe_flwr.federation.in_process import run_in_process
 
-        done = run_in_process(settings)
+        done = run_in_process(settings, process_began() if options.is_process else None)
     return exit_status(settings, done)
 
 

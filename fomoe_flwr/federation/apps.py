@@ -24,13 +24,14 @@ def main(grid: Grid, context: Context) -> None:
     from fomoe_flwr import events
     from fomoe_flwr.federation.run_config import settings_of
     from fomoe_flwr.federation.server import serve
+    from fomoe_flwr.run.phases import process_began
     from fomoe_flwr.run.preflight import preflight
 
     if os.environ.get(events.VARIABLE) == "json":
         events.use_format("json")
     settings = settings_of(context.run_config)
     preflight(settings)
-    serve(settings, lambda run: grid)
+    serve(settings, lambda run: grid, process_began())
 
 
 @client_app.query()

@@ -8,7 +8,7 @@ from fomoe_flwr.federation.in_process_grid import InProcessGrid
 from fomoe_flwr.federation.server import serve
 
 
-def run_in_process(settings: Settings) -> bool:
-    """Train all rounds; return True, or raise what stopped them."""
+def run_in_process(settings: Settings, began: float | None = None) -> bool:
+    """Train all rounds; return True, or raise what stopped them. `began` as in `serve`."""
     workers = settings.layout.num_workers
-    return serve(settings, lambda run: InProcessGrid(client_app, workers, run.workers))
+    return serve(settings, lambda run: InProcessGrid(client_app, workers, run.workers), began)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class RoundRecord:
     rehomed: Rehomed | None = None
     """How experts moved because workers left or came back."""
     started: float = field(default_factory=time.monotonic)
+    """When the server began to draw the layout."""
     counts: dict[int, RoutingCounts] = field(default_factory=dict)
     """Routing counts of every worker whose reply was folded."""
     disagreement: Tensor | None = None
@@ -57,7 +59,7 @@ class RoundRecord:
     rejoined: set[int] = field(default_factory=set)
     """Workers whose reply counts in this round but did not in the one before."""
     configure_seconds: float = 0.0
-    """To meet nodes and draw the layout."""
+    """To draw the layout."""
     send_seconds: float = 0.0
     """To write the tasks and hand them to the SuperLink."""
     train_seconds: float = 0.0
@@ -91,6 +93,26 @@ class RoundRecord:
     def load(self) -> Tensor:
         """[num_layers, num_experts] assignments of all workers, ghosts included."""
         return torch.stack([counts.load for counts in self.counts.values()]).sum(0)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Part of `train_seconds`: nothing came."""
+        return max(0.0, self.train_seconds - self.receive_seconds - self.fold_seconds)
+
+    def phases(self) -> Iterator[tuple[str, float]]:
+        """Yield the round's phases so far, and when each was over (monotonic seconds)."""
+        at = self.started
+        yield "gather", at
+        for phase in ("configure", "send", "wait", "receive", "fold", "outer"):
+            at += float(getattr(self, f"{phase}_seconds"))
+            yield phase, at
+
+    @property
+    def awaited(self) -> dict[int, float]:
+        """Workers that have a task and have not answered, and since when (monotonic seconds)."""
+        since = self.started + self.configure_seconds + self.send_seconds
+        done = {*self.replies, *self.failures}
+        return dict.fromkeys(sorted(self.sent - done), since)
 
     def metrics_row(self) -> dict[str, Any]:
         """Return the round's row of `metrics.jsonl`: sums over workers, and means by tokens."""
@@ -129,19 +151,14 @@ class RoundRecord:
             "round/rejoined_fresh": sum(
                 bool(self.replies[worker].get("fresh_state", 0)) for worker in self.rejoined
             ),
-            "round/configure_seconds": self.configure_seconds,
-            "round/send_seconds": self.send_seconds,
             "round/train_seconds": self.train_seconds,
             "round/worker_seconds": {
                 str(worker): reply["seconds"] for worker, reply in sorted(self.replies.items())
             },
-            "round/receive_seconds": self.receive_seconds,
-            "round/fold_seconds": self.fold_seconds,
             "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
             # Sums over workers: of their local steps, and of the rest of their task.
             "round/local_seconds": sum(reply["seconds"] for reply in replies),
             "round/overhead_seconds": sum(reply.get("overhead_seconds", 0.0) for reply in replies),
-            "round/outer_seconds": self.outer_seconds,
             "layout/digest": self.layout.digest(),
             "layout/absent_workers": list(self.absent),
             "layout/moved_experts": self.moved_experts,

@@ -51,6 +51,7 @@ from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.evaluation import EvalReport, evaluate, sample_text, unigram_entropy
 from fomoe_flwr.run.export import assemble, export_model
 from fomoe_flwr.run.heartbeat import Heartbeat
+from fomoe_flwr.run.phases import Phases
 from fomoe_flwr.run.tracking import Tracker
 
 
@@ -70,18 +71,26 @@ class _Evaluator:
 class Server:
     """One run on the server: owns the global model and the run directory.
 
-    `heartbeat` is the hold on that directory, which the caller has taken.
+    `heartbeat` is the hold on that directory, which the caller has taken. The run's time counts
+    from `began` (Unix seconds), or from now.
     """
 
-    def __init__(self, settings: Settings, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self, settings: Settings, heartbeat: Heartbeat, began: float | None = None
+    ) -> None:
         self.settings = settings
         self.run = RunDirectory(Path(settings.output_dir))
         self.heartbeat = heartbeat
+        self.phases = Phases(began)
+        self.phases.end("import")
+        self.seconds: dict[str, float] = {}
+        """Of the phases before the first round and after the last, for the summary."""
         keep_inventory(self.run.text, settings.data, resumed=bool(settings.resume))
         self.tokenizer: PreTrainedTokenizerFast = (
             load_tokenizer(self.run.tokenizer) if settings.resume else prepare_tokenizer(settings)
         )
         json_text = tokenizer_json(self.tokenizer)
+        self.phases.end("text")
         config = transformers_config(settings.model, settings.data.sequence_length)
         self.spec = StateSpec.of(settings.model, config)
         self.model = build_model(settings.model, config, seed=settings.seed)
@@ -91,6 +100,7 @@ class Server:
                 self.model, read_pretrained(settings.model.pretrained, settings.model, self.spec)
             )
         self.outer = OuterStep(settings.outer)
+        self.phases.end("model")
         blocks = evaluation_blocks(settings, json_text)
         self.evaluator = _Evaluator(
             blocks,
@@ -98,6 +108,7 @@ class Server:
             token_byte_lengths(self.tokenizer, settings.model.vocab_size),
             settings.eval.batch_size,
         )
+        self.phases.end("text")
         self.totals: dict[str, Any] = {"comm/bytes_up": 0, "comm/bytes_down": 0, "tokens": 0}
         self.rounds_done = 0
         self.run_key = uuid4().hex
@@ -124,20 +135,26 @@ class Server:
         )
         if strategy_state is not None:
             self.strategy.load_state_dict(strategy_state)
+        self.phases.end("model")
 
     def serve(self, grid: Grid) -> None:
         """Train all rounds, then export, plot and print. Exceptions leave `status: failed`."""
         try:
             layout = self.strategy.layouts.expected(self.rounds_done + 1)
             text = summarise_text(self.settings.data, self.identity.tokenizer_json)
+            self.phases.end("text")
             report.print_start(self.settings, self.run, layout, text)
             self._write_summary("running")
+            self.phases.end("note")
             if self.rounds_done == 0:
                 self._evaluate_start()
+            self.phases.end("eval")
             if not stored_rounds(self.run.checkpoints):
                 # So that the run can be resumed if it ends in round 1.
                 self._save(None)
+            self.phases.end("checkpoint")
             self.routing.begin(self.model)
+            self.phases.end("routing")
             self.heartbeat.note("train", self.rounds_done + 1)
             self.strategy.start(grid)
             self._finish()
@@ -170,19 +187,21 @@ class Server:
         """Evaluate, save and write down a round that the strategy has finished."""
         settings, server_round = self.settings, record.server_round
         is_last = server_round == settings.rounds
-        row = record.metrics_row()
-        started = time.monotonic()
+        row, phases = record.metrics_row(), self.phases
+        for phase, at in record.phases():
+            phases.end(phase, at)
+            if not self.seconds and phase == "gather":
+                self._keep_seconds("start")
+        phases.end("other")
         means, tables = self.routing.close(record, self.model, self.state)
         row |= means
-        row["round/routing_seconds"] = time.monotonic() - started
+        phases.end("routing")
         if server_round % settings.eval.every == 0 or is_last:
-            started = time.monotonic()
             self.heartbeat.note("evaluate", server_round)
             row |= evaluation_row(self.evaluator(self.model))
-            row["round/eval_seconds"] = time.monotonic() - started
-            started = time.monotonic()
+            phases.end("eval")
             self._sample(server_round)
-            row["round/sample_seconds"] = time.monotonic() - started
+            phases.end("sample")
         self.rounds_done = server_round
         for key in ("comm/bytes_up", "comm/bytes_down"):
             self.totals[key] += row[key]
@@ -193,19 +212,23 @@ class Server:
         # Written before the checkpoint. If the run ends in between, a resume removes both again.
         self.run.add_layout(server_round, record.layout.residents)
         self.run.append_routing(tables)
-        started = time.monotonic()
-        row["round/seconds"] = started - record.started
+        phases.end("other")
+        seconds = phases.take()
+        row["round/seconds"] = sum(seconds.values())
+        row |= {f"round/{phase}_seconds": value for phase, value in seconds.items()}
         row["round/ended_unix_seconds"] = time.time()
         if server_round % settings.checkpoint.every == 0 or is_last:
             self.heartbeat.note("checkpoint", server_round)
             self._save(row)
-        row["round/checkpoint_seconds"] = time.monotonic() - started
-        row["round/seconds"] = time.monotonic() - record.started
+        phases.end("checkpoint")
+        row["round/checkpoint_seconds"] = phases.take()["checkpoint"]
+        row["round/seconds"] += row["round/checkpoint_seconds"]
         self.tracker.log(row)
         self._write_summary("running")
         self.heartbeat.note("train", min(server_round + 1, settings.rounds))
         report.print_round(row, settings.rounds)
         self.live.refresh()
+        phases.end("note")
         return MetricRecord({k: v for k, v in row.items() if isinstance(v, int | float)})
 
     def _sample(self, server_round: int) -> None:
@@ -268,9 +291,17 @@ class Server:
             export_model(exported, self.tokenizer, self.run.export)
         except InputError as error:
             print(f"not exported: {error}, with fomoe export {self.run.path} --to", flush=True)
+        self.phases.end("export")
         self._write_summary("completed")
         self.live.finish()
+        self.phases.end("report")
         report.print_end(self.run)
+        self.phases.end("note")
+        self._keep_seconds("end")
+        self._write_summary("completed", {"run/seconds": time.monotonic() - self.phases.began})
+
+    def _keep_seconds(self, when: str) -> None:
+        self.seconds |= {f"{when}/{p}_seconds": s for p, s in self.phases.take().items()}
 
     def _write_summary(self, status: str, extra: Mapping[str, Any] | None = None) -> None:
         rows = [row for row in self.run.read_metrics() if "eval/loss" in row]
@@ -287,6 +318,7 @@ class Server:
                     "last": rows[-1]["eval/loss"] if rows else None,
                 },
                 **self.totals,
+                **self.seconds,
                 **{k: v for k, v in predicted.items() if k.startswith(("params/", "ratio/"))},
                 **report.environment(),
                 **(extra or {}),
@@ -294,12 +326,17 @@ class Server:
         )
 
 
-def serve(settings: Settings, make_grid: Callable[[RunDirectory], Grid]) -> bool:
-    """Hold the run directory and train; return True, or raise what stopped it."""
+def serve(
+    settings: Settings, make_grid: Callable[[RunDirectory], Grid], began: float | None = None
+) -> bool:
+    """Hold the run directory and train; return True, or raise what stopped it.
+
+    The run's time counts from `began` (Unix seconds), or from now.
+    """
     run = RunDirectory(Path(settings.output_dir))
     try:
         with Heartbeat(run.heartbeat) as heartbeat:
-            server = Server(settings, heartbeat)
+            server = Server(settings, heartbeat, began)
             server.serve(make_grid(run))
     except OSError as error:
         has_more = stored_rounds(run.checkpoints)

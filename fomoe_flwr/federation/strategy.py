@@ -126,7 +126,7 @@ class FoMoEStrategy(Strategy):
         """
         del initial_arrays, train_config, evaluate_config, evaluate_fn
         result = Result()
-        log(INFO, "Starting %s:", type(self).__name__)
+        log(INFO, "Starting the rounds:")
         self.summary()
         last = self.settings.rounds if num_rounds is None else num_rounds
         self.seats.gather(grid)
@@ -178,6 +178,7 @@ class FoMoEStrategy(Strategy):
             server_round, nodes.keys(), busy.keys(), self.settings.federation.min_workers
         )
         record = self._round = self.layouts.open_round(server_round, {*nodes, *busy})
+        record.started = started
         record.late_replies = len(latecomers)
         for worker in record.absent:
             record.failures[worker] = "away after too many missed rounds"

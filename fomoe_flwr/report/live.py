@@ -1,11 +1,14 @@
-"""The report of a run that goes on: drawn again now and then, for a bounded share of the time."""
+"""The report of a run that goes on: drawn beside the run, for a bounded share of the time."""
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from pathlib import Path
 
+from fomoe_flwr.errors import one_line
+from fomoe_flwr.parallel.processes import Processes
 from fomoe_flwr.run.directory import RunDirectory
 
 _REFRESH_SECONDS = 30.0
@@ -24,28 +27,42 @@ def write_report(run: RunDirectory) -> list[Path]:
     return [run_page(history), *draw_plots(history)]
 
 
+def draw_beside(run: RunDirectory) -> None:
+    """Write a run's report in a process of its own. Raises ProcessesError."""
+    processes = Processes("fomoe_flwr.report.drawing", 1)
+    try:
+        processes.run({"run": str(run.path)})
+    finally:
+        processes.close()
+
+
 class LiveReport:
     """Keep a run's report fresh; a report that cannot be drawn never ends a run."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
         self._next = time.monotonic() + _REFRESH_SECONDS
+        self._drawing: threading.Thread | None = None
 
     def refresh(self) -> None:
-        """Draw the report again if the last one is old enough."""
-        if time.monotonic() >= self._next:
-            self._write()
+        """Begin to draw the report again if the last one is old enough; do not wait for it."""
+        is_free = self._drawing is None or not self._drawing.is_alive()
+        if is_free and time.monotonic() >= self._next:
+            self._drawing = threading.Thread(target=self._draw, daemon=True)
+            self._drawing.start()
 
     def finish(self) -> None:
-        """Draw the last report."""
-        self._write()
+        """Draw the last report, and wait for it."""
+        if self._drawing is not None:
+            self._drawing.join()
+        self._draw()
 
-    def _write(self) -> None:
+    def _draw(self) -> None:
         started = time.monotonic()
         try:
-            write_report(self._run)
+            draw_beside(self._run)
         except Exception as error:
             # Hours of training are worth more than their picture.
-            warnings.warn(f"no report this time: {error!r}", stacklevel=2)
+            warnings.warn(f"no report this time: {one_line(error)}", stacklevel=2)
         spent = time.monotonic() - started
         self._next = time.monotonic() + max(_REFRESH_SECONDS, spent / _SHARE)

@@ -12,22 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from fomoe_flwr.report.history import History
 from fomoe_flwr.report.style import Palette, Panel, depth_color
+from fomoe_flwr.run.phases import ROUND_PHASES, phases_of
 
 Rows = Sequence[Mapping[str, Any]]
-
-PHASES = (
-    "configure",
-    "send",
-    "train",
-    "receive",
-    "fold",
-    "outer",
-    "routing",
-    "evaluate",
-    "eval",
-    "checkpoint",
-)
-"""In the order in which a round passes them; `round/PHASE_seconds` in the metrics."""
 
 _MOST_ROUNDS = 24
 
@@ -35,7 +22,8 @@ _MOST_ROUNDS = 24
 def time_panels(history: History) -> list[Panel]:
     """Return the rounds' phases and the workers' times, as far as the metrics have them."""
     rows = history.rounds[-_MOST_ROUNDS:]
-    phases = [name for name in PHASES if any(_seconds(row, name) for row in rows)]
+    seconds = [_large(phases_of(row)) for row in rows]
+    phases = [name for name in ROUND_PHASES if any(name in each for each in seconds)]
     panels = []
     height = 1.3 + 0.22 * len(rows)
     if phases:
@@ -43,7 +31,7 @@ def time_panels(history: History) -> list[Panel]:
             Panel(
                 "Rounds by phase",
                 f"seconds of the last {len(rows)} rounds, in the order of a round's phases",
-                partial(_draw_phases, rows, phases),
+                partial(_draw_phases, rows, seconds, phases),
                 height + 0.5,
                 "center right",
             )
@@ -62,25 +50,28 @@ def time_panels(history: History) -> list[Panel]:
     return panels
 
 
-def _seconds(row: Mapping[str, Any], phase: str) -> float:
-    return float(row.get(f"round/{phase}_seconds", 0.0))
+def _large(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Add up what takes less than a hundredth of a round: nobody could see it alone."""
+    least = 0.01 * sum(seconds.values())
+    large = {phase: value for phase, value in seconds.items() if value >= least}
+    return large | {"other": sum(seconds.values()) - sum(large.values()) + large.get("other", 0.0)}
 
 
-def _draw_phases(rows: Rows, phases: Sequence[str], axes: Axes, palette: Palette) -> None:
+def _draw_phases(
+    rows: Rows,
+    seconds: Sequence[Mapping[str, float]],
+    phases: Sequence[str],
+    axes: Axes,
+    palette: Palette,
+) -> None:
     left = np.zeros(len(rows))
     names = [row["round"] for row in rows]
     for number, phase in enumerate(phases):
-        seconds = np.array([_seconds(row, phase) for row in rows])
+        widths = np.array([each.get(phase, 0.0) for each in seconds])
         color = palette.series[number % len(palette.series)]
-        hatch = "" if number < len(palette.series) else "///"
-        axes.barh(names, seconds, left=left, color=color, hatch=hatch, label=phase, height=0.75)
-        left += seconds
-    rest = np.array([row["round/seconds"] for row in rows]) - left
-    # Below a hundredth of a round it is noise of the clock.
-    if (rest > 0.01 * left).any():
-        axes.barh(
-            names, np.maximum(rest, 0), left=left, color=palette.grid, label="other", height=0.75
-        )
+        hatch = ("", "///", "...")[number // len(palette.series)]
+        axes.barh(names, widths, left=left, color=color, hatch=hatch, label=phase, height=0.75)
+        left += widths
     _finish(axes, names)
 
 

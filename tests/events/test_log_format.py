@@ -42,7 +42,7 @@ def test_a_run_tells_its_banner_its_rounds_its_warnings_and_its_end(tmp_path: An
         "import warnings\n"
         "from fomoe_flwr.report import live\n"
         "def draw(run): raise OSError('no ink')\n"
-        "live.write_report = draw"
+        "live.draw_beside = draw"
     )
     status, rows = told(*RUN, f"output_dir={tmp_path}", code=code)
     assert status == 0

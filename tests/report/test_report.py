@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 import warnings
 from itertools import pairwise
@@ -19,6 +20,7 @@ from fomoe_flwr.report import live
 from fomoe_flwr.report.history import History
 from fomoe_flwr.report.holders import held_share
 from fomoe_flwr.report.live import LiveReport, write_report
+from fomoe_flwr.report.timeline import _large
 from fomoe_flwr.report.units import count, duration, size
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.sweep.job import JobRecord, write_record
@@ -157,21 +159,54 @@ def test_drawing_takes_a_bounded_share_of_the_time(
 ) -> None:
     clock, drawn = [0.0], []
 
-    def draw(_: RunDirectory) -> list[Path]:
+    def draw(_: RunDirectory) -> None:
         drawn.append(clock[0])
         clock[0] += 10.0
-        return []
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(live, "write_report", draw)
+    monkeypatch.setattr(live, "draw_beside", draw)
     report = LiveReport(RunDirectory(tmp_path))
     while clock[0] < 2000:
         report.refresh()
+        if report._drawing is not None:
+            report._drawing.join()
         clock[0] += 1.0
     assert drawn[0] == 30.0
     # Ten seconds each, so at most one in two hundred.
     assert all(b - a >= 200 for a, b in pairwise(drawn))
     assert len(drawn) >= 8
+
+
+def test_the_round_goes_on_while_the_report_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end, drawn = threading.Event(), []
+
+    def draw(run: RunDirectory) -> None:
+        drawn.append(run.path)
+        assert may_end.wait(20)
+
+    monkeypatch.setattr(live, "_REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(live, "draw_beside", draw)
+    report = LiveReport(RunDirectory(tmp_path))
+    for _ in range(3):
+        report.refresh()
+    assert drawn == [tmp_path]
+    may_end.set()
+    report.finish()
+    assert drawn == [tmp_path, tmp_path]
+
+
+def test_another_process_draws_the_report_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="running")
+    live.draw_beside(run)
+    assert "3 of 3" in run.report.read_text(encoding="utf-8")
+    assert (run.plots / "timeline.png").is_file()
+
+
+def test_phases_too_short_to_be_seen_are_added_up() -> None:
+    shown = _large({"send": 0.004, "receive": 1.0, "fold": 0.005, "other": 0.1})
+    assert shown == {"receive": 1.0, "other": pytest.approx(0.109)}
 
 
 def test_a_report_that_cannot_be_drawn_ends_no_run(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_stranger_loads_the_export_and_gets_our_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Plots take longer than this run.
-    monkeypatch.setattr(live, "write_report", lambda run: [])
+    monkeypatch.setattr(live, "draw_beside", lambda run: None)
     run = RunDirectory(tmp_path / "run")
     assert main([*words(small_text, run.path), *FAMILIES[family]]) == 0
     stored = StoredRun(run.path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from fomoe_flwr.cli.main import main
 from fomoe_flwr.config import read_settings
 from fomoe_flwr.report import live
 from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.phases import phases_of
 
 METRICS = (
     "round",
@@ -41,14 +44,16 @@ METRICS = (
 )
 """Contract of DESIGN section 8."""
 
-write_report = live.write_report
+draw_beside = live.draw_beside
 
 
 def test_a_run_leaves_everything_that_is_promised(
     start: Start, small_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "write_report", write_report)
+    monkeypatch.setattr(live, "draw_beside", draw_beside)
+    began = time.monotonic()
     run = start("run", "seed=3", "rounds=3", "checkpoint.keep=2")
+    lasted = time.monotonic() - began
 
     settings = read_settings(run.config)
     assert (settings.seed, settings.rounds, settings.output_dir) == (3, 3, str(run.path))
@@ -79,6 +84,15 @@ def test_a_run_leaves_everything_that_is_promised(
 
     summary = run.read_summary()
     assert (summary["status"], summary["rounds_done"]) == ("completed", 3)
+    for row in rows:
+        # Every second of a round belongs to a phase, and nearly all to one with a name.
+        assert sum(phases_of(row).values()) == pytest.approx(row["round/seconds"], abs=1e-6)
+        assert row["round/other_seconds"] < 0.05 * row["round/seconds"] + 0.1
+    around = [v for k, v in summary.items() if re.match(r"(start|end)/\w+_seconds", k)]
+    total = sum(around) + sum(row["round/seconds"] for row in rows)
+    assert total == pytest.approx(summary["run/seconds"], abs=0.05)
+    # What comes before is to read the settings; the run is in this process.
+    assert lasted - 3 < summary["run/seconds"] <= lasted
     assert summary["eval/loss"]["first"] == rows[0]["eval/loss"]
     assert summary["eval/loss"]["last"] == rows[-1]["eval/loss"]
     for key in ("comm/bytes_up", "comm/bytes_down"):
