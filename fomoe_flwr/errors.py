@@ -40,6 +40,20 @@ def refusal(error: OSError) -> str:
     return f"{where}{error.strerror or one_line(error)}: {way_on}, or name another place"
 
 
+def reason_of(error: BaseException) -> str:
+    """Say in one line what went wrong; only a fault of the program is named after its class."""
+    if isinstance(error, InputError | RunError) and str(error):
+        return one_line(error)
+    if isinstance(error, OSError):
+        return refusal(error)
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return "interrupted: it was told to end"
+    text = one_line(error)
+    if type(error) in (ValueError, RuntimeError) and text:
+        return text
+    return f"a fault in the program ({type(error).__name__}{': ' * bool(text)}{text})"
+
+
 def one_line(error: object) -> str:
     """Fold an error's text into one line."""
     return re.sub(r"\s+", " ", str(error)).strip()

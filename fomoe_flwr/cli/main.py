@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fomoe_flwr import __version__, events
 from fomoe_flwr.cli import bench, estimate, federation, inspect_run, train
 from fomoe_flwr.cli.streams import guard_streams, lost_output
-from fomoe_flwr.errors import InputError, RunError, check_text, refusal
+from fomoe_flwr.errors import InputError, RunError, check_text, reason_of, refusal
 
 _COMMANDS = (
     train.add_run,
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if isinstance(error, SystemExit) and isinstance(error.code, int):
             status = error.code
-        events.tell_if_json("error", f"{type(error).__name__}: {error}")
+        events.tell_if_json("error", reason_of(error))
         raise
     finally:
         events.tell_if_json("end", exit_status=status)

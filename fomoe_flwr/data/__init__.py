@@ -5,7 +5,7 @@ Only `batches` imports torch; nothing here imports Flower.
 
 from __future__ import annotations
 
-from fomoe_flwr.errors import InputError
+from fomoe_flwr.errors import InputError, reason_of
 
 
 class DataError(InputError):
@@ -15,4 +15,4 @@ class DataError(InputError):
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error: our own messages have one line."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0] if lines else reason_of(error)

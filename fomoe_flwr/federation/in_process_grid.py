@@ -17,6 +17,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fomoe_flwr.errors import reason_of
+
 _CLIENT_APP_RAISED = 2
 """Flower's own code for an exception in a ClientApp."""
 _SERVER_NODE_ID = 1
@@ -104,7 +106,6 @@ class InProcessGrid(Grid):
         except OSError:
             raise  # This is the server's machine too: it cannot go on either.
         except Exception as error:  # an app may raise anything; Flower turns it into a reply too
-            reason = f"{type(error).__name__}: {error}"
             if not isinstance(error, ValueError | RuntimeError):
-                reason += " | " + traceback.format_exc(limit=-3)
-            return Message(Error(_CLIENT_APP_RAISED, reason), reply_to=message)
+                traceback.print_exc()
+            return Message(Error(_CLIENT_APP_RAISED, reason_of(error)), reply_to=message)

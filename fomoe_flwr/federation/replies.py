@@ -33,7 +33,7 @@ class ReplyReader:
     ) -> Reply:
         """Read a worker's reply and check it against its round. Raises WireError."""
         if message.has_error():
-            raise WireError(f"{message.error.reason} (Flower error {message.error.code})")
+            raise wire.error_in(message)
         content = message.content
         answered = wire.json_in(content, wire.TASK)
         expected = {

@@ -102,7 +102,7 @@ class Seats:
 
     def _seat(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            raise WireError(f"{reply.error.reason} (Flower error {reply.error.code})")
+            raise wire.error_in(reply)
         answer = wire.json_in(reply.content, wire.SETUP)
         wanted: Any = answer.get("worker")
         gib: Any = answer.get("capacity_gib")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,8 +29,9 @@ from fomoe_flwr.data.tokenizer import (
     tokenizer_json,
 )
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
-from fomoe_flwr.errors import InputError, RunError, refusal
+from fomoe_flwr.errors import InputError, RunError, reason_of, refusal
 from fomoe_flwr.events import tell
+from fomoe_flwr.federation.lookout import Lookout
 from fomoe_flwr.federation.round_record import RoundRecord, evaluation_row
 from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
@@ -53,6 +54,7 @@ from fomoe_flwr.run.export import assemble, export_model
 from fomoe_flwr.run.heartbeat import Heartbeat
 from fomoe_flwr.run.phases import Phases
 from fomoe_flwr.run.tracking import Tracker
+from fomoe_flwr.run.turnout import turnout
 
 
 @dataclass
@@ -135,6 +137,7 @@ class Server:
         )
         if strategy_state is not None:
             self.strategy.load_state_dict(strategy_state)
+        self.lookout = Lookout(self.strategy)
         self.phases.end("model")
 
     def serve(self, grid: Grid) -> None:
@@ -155,11 +158,14 @@ class Server:
             self.phases.end("checkpoint")
             self.routing.begin(self.model)
             self.phases.end("routing")
+            self.heartbeat.awaited = self.lookout
             self.heartbeat.note("train", self.rounds_done + 1)
             self.strategy.start(grid)
+            self.heartbeat.awaited = list
+            self.heartbeat.note("export", self.rounds_done)
             self._finish()
         except BaseException as error:
-            self._write_summary("failed", {"error": f"{type(error).__name__}: {error}"})
+            self._write_summary("failed", {"error": reason_of(error)})
             if isinstance(error, Exception):
                 self.live.finish()
             raise
@@ -228,6 +234,7 @@ class Server:
         self.heartbeat.note("train", min(server_round + 1, settings.rounds))
         report.print_round(row, settings.rounds)
         self.live.refresh()
+        self.lookout.close_round()
         phases.end("note")
         return MetricRecord({k: v for k, v in row.items() if isinstance(v, int | float)})
 
@@ -293,6 +300,7 @@ class Server:
             print(f"not exported: {error}, with fomoe export {self.run.path} --to", flush=True)
         self.phases.end("export")
         self._write_summary("completed")
+        self.heartbeat.note("report", self.rounds_done)
         self.live.finish()
         self.phases.end("report")
         report.print_end(self.run)
@@ -304,7 +312,8 @@ class Server:
         self.seconds |= {f"{when}/{p}_seconds": s for p, s in self.phases.take().items()}
 
     def _write_summary(self, status: str, extra: Mapping[str, Any] | None = None) -> None:
-        rows = [row for row in self.run.read_metrics() if "eval/loss" in row]
+        rounds = self.run.read_metrics()
+        rows = [row for row in rounds if "eval/loss" in row]
         first = self.totals.get("eval/loss_untrained")
         predicted = costs.summary(self.settings)
         self.run.write_summary(
@@ -319,6 +328,9 @@ class Server:
                 },
                 **self.totals,
                 **self.seconds,
+                "workers": [
+                    asdict(each) for each in turnout(rounds, self.settings.layout.num_workers)
+                ],
                 **{k: v for k, v in predicted.items() if k.startswith(("params/", "ratio/"))},
                 **report.environment(),
                 **(extra or {}),

@@ -93,6 +93,11 @@ class FoMoEStrategy(Strategy):
         self._adopt(RoundState.at_start(settings))
         self._round: RoundRecord
 
+    @property
+    def record(self) -> RoundRecord | None:
+        """The record of the newest round; None before the first."""
+        return getattr(self, "_round", None)
+
     def summary(self) -> None:
         """Log what this strategy is about to do."""
         layout, outer = self.settings.layout, self.settings.outer

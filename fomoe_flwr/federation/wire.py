@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fomoe_flwr.codecs import vectors as codecs
 from fomoe_flwr.codecs.errors import CodecError
 from fomoe_flwr.codecs.sizes import Codec, CodecPair
+from fomoe_flwr.errors import one_line
 from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 
 STYPE = "fomoe.flat"
@@ -32,10 +34,23 @@ Seed = Callable[[str], int]
 
 WEIGHTS, TASK, METRICS, SETUP = "weights", "task", "metrics", "setup"
 VECTORS = ("shared", "experts")
+_PLAIN = ("ValueError", "RuntimeError", "OSError")
+"""Errors of Python whose text says enough."""
 
 
 class WireError(ValueError):
     """A message that breaks the protocol; the text names the reason."""
+
+
+def error_in(message: Message) -> WireError:
+    """Make an error of an error reply; what an app raised comes without its class's name."""
+    reason = message.error.reason or "no reason given"
+    raised = re.fullmatch(r"<class '([\w.]+)'>:<'(.*)'>", reason, re.DOTALL)
+    if raised is not None:
+        kind, reason = raised[1].rpartition(".")[2], one_line(raised[2])
+        if not (raised[1].startswith("fomoe_flwr.") or raised[1] in _PLAIN) or not reason:
+            reason = f"a fault in the program ({kind}: {reason})"
+    return WireError(f"{reason} (Flower error {message.error.code})")
 
 
 def encode(vector: Tensor, codec: Codec | str, seed: int = 0) -> Array:

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from fomoe_flwr.errors import RunError, one_line
+from fomoe_flwr.errors import RunError, one_line, reason_of
 
 _GRACE_SECONDS = 1.0
 """How long others may take to tell what went wrong, after the first one did."""
@@ -124,7 +124,7 @@ class _Failure:
     @classmethod
     def of(cls, child: _Child, answer: Mapping[str, Any] | None) -> _Failure:
         if answer is not None:
-            text = f"raised {answer['error']}: {answer['text']}"
+            text = f"failed: {answer['text']}"
             return cls(child.rank, float(answer["time"]), text, str(answer["error"]))
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.process.wait(_GRACE_SECONDS)
@@ -204,7 +204,7 @@ class Seat:
     def fail(self, error: BaseException) -> None:
         """Tell why the job is not done."""
         self.answer(
-            {"error": type(error).__name__, "text": one_line(error), "time": time.monotonic()}
+            {"error": type(error).__name__, "text": reason_of(error), "time": time.monotonic()}
         )
 
     def _listen(self) -> None:

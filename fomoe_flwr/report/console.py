@@ -149,8 +149,9 @@ def print_end(run: RunDirectory) -> None:
             str(row["round/workers_ok"]),
         )
     console.print(table)
-    _print_routing(console, run)
     summary = run.read_summary()
+    _print_turnout(console, summary)
+    _print_routing(console, run)
     if "eval/unigram_entropy" in summary:
         console.print(
             f"held-out loss {summary['eval/loss']['untrained']:.3f} untrained -> "
@@ -165,6 +166,21 @@ def print_end(run: RunDirectory) -> None:
     for path in (run.report, run.metrics, run.routing, run.plots, run.checkpoints, run.export):
         if path.exists():
             console.print(f"  {path}", markup=False, soft_wrap=True)
+
+
+def _print_turnout(console: Console, summary: Mapping[str, Any]) -> None:
+    """Print how many rounds of each worker counted."""
+    workers = summary.get("workers", [])
+    if not any(each["missed"] for each in workers):
+        console.print(f"all {len(workers)} workers counted in every round", markup=False)
+        return
+    table = Table(title="workers: rounds that counted", title_justify="left")
+    for column in ("worker", "counted", "did not"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("mostly because")
+    for each in workers:
+        table.add_row(*(str(each[key]) for key in ("worker", "counted", "missed", "reason")))
+    console.print(table)
 
 
 def _print_routing(console: Console, run: RunDirectory) -> None:

@@ -1,4 +1,4 @@
-"""The process that draws a report beside its run; `live` starts it, and it ends with its starter."""
+"""The process that draws a report beside its run; `live` starts it and it ends with the run."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.files import save_json
@@ -37,6 +38,8 @@ class Heartbeat:
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._hold: IO[str] | None = None
+        self.awaited: Callable[[], list[dict[str, Any]]] = list
+        """Tells whom the process waits for."""
 
     def __enter__(self) -> Heartbeat:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +63,7 @@ class Heartbeat:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        self.awaited = list
         # What has ended the run says more than a heartbeat that cannot be written.
         with contextlib.suppress(OSError):
             self.note("end", self._round)
@@ -85,6 +89,7 @@ class Heartbeat:
                     "pid": os.getpid(),
                     "phase": self._phase,
                     "round": self._round,
+                    "awaited": self.awaited(),
                 },
                 self.path,
             )

@@ -6,15 +6,19 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fomoe_flwr.config import find_run, read_settings
 from fomoe_flwr.run.directory import RunDirectory, checkpoint_name, stored_rounds
 from fomoe_flwr.run.heartbeat import BEAT_SECONDS
+from fomoe_flwr.run.phases import phases_of
+from fomoe_flwr.run.turnout import turnout
 
 _RECENT_ROUNDS = 10
+_SHOWN_PHASES = 4
 _SILENT_SECONDS = 6 * BEAT_SECONDS
 """Without a heartbeat for so long, a run that says it runs is taken for dead."""
 
@@ -30,6 +34,8 @@ def run_status(path: Path, now: float | None = None) -> dict[str, Any]:
     state = summary.get("status", "unknown")
     if state == "running" and (silent is None or silent > _SILENT_SECONDS):
         state = "silent"
+    is_on = state in ("running", "unknown")
+    workers = settings.layout.num_workers
     left = settings.rounds - len(rows)
     seconds = [row["round/seconds"] for row in rows[-_RECENT_ROUNDS:]]
     return {
@@ -42,9 +48,16 @@ def run_status(path: Path, now: float | None = None) -> dict[str, Any]:
         "host": beat.get("host"),
         "pid": beat.get("pid"),
         "seconds_since_heartbeat": silent,
-        "seconds_left": left * statistics.median(seconds) if seconds and left else None,
+        "seconds_left": left * statistics.median(seconds) if seconds and left and is_on else None,
         "eval/loss": next((r["eval/loss"] for r in reversed(rows) if "eval/loss" in r), None),
-        "missing": _missing(rows, settings.layout.num_workers, now),
+        "last_round_seconds": phases_of(rows[-1]) if rows else {},
+        "awaited": [
+            {"worker": each["worker"], "for": each["for"], "seconds": now - each["since"]}
+            for each in (beat.get("awaited", []) if state == "running" else [])
+        ],
+        # Of a run that is over nobody is missing: what counted is told.
+        "missing": _missing(rows, workers, now) if is_on else [],
+        "workers": [asdict(each) for each in turnout(rows, workers)],
         "late_replies": sum(row.get("round/late_replies", 0) for row in rows),
         "bytes_up": sum(row["comm/bytes_up"] for row in rows),
         "bytes_down": sum(row["comm/bytes_down"] for row in rows),
@@ -57,6 +70,7 @@ def run_status(path: Path, now: float | None = None) -> dict[str, Any]:
 
 def show_status(status: Mapping[str, Any]) -> str:
     """Return the state as text."""
+    is_over = status["state"] in ("completed", "failed")
     lines = [
         f"run          {status['run']}",
         f"state        {status['state']}, round {status['round']} of {status['rounds']}"
@@ -67,7 +81,9 @@ def show_status(status: Mapping[str, Any]) -> str:
     since = status["seconds_since_heartbeat"]
     if since is not None:
         lines.append(
-            f"heartbeat    {_duration(since)} ago, at `{status['phase']}`, "
+            f"ended        {_duration(since)} ago, on {status['host']}"
+            if is_over
+            else f"heartbeat    {_duration(since)} ago, at `{status['phase']}`, "
             f"pid {status['pid']} on {status['host']}"
         )
     if status["eval/loss"] is not None:
@@ -76,8 +92,18 @@ def show_status(status: Mapping[str, Any]) -> str:
         ago = "" if gone["seconds"] is None else f" ({_duration(gone['seconds'])})"
         last = f"since round {gone['since_round']}{ago}"
         lines.append(f"missing      worker {gone['worker']} {last}: {gone['reason']}")
-    if not status["missing"] and status["round"]:
-        lines.append("missing      nobody")
+    if status["state"] == "running" and not status["missing"] and status["round"]:
+        lines.append(f"missing      nobody in round {status['round']}")
+    for each in status["awaited"]:
+        what = "a node" if each["for"] == "node" else "the reply"
+        lines.append(
+            f"waits for    {what} of worker {each['worker']}, for {_duration(each['seconds'])}"
+        )
+    lines += [f"took part    {line}" for line in _took_part(status)]
+    if seconds := status["last_round_seconds"]:
+        large = sorted(seconds, key=lambda phase: -seconds[phase])[:_SHOWN_PHASES]
+        parts = ", ".join(f"{phase} {seconds[phase]:.1f}" for phase in large)
+        lines.append(f"last round   {sum(seconds.values()):.1f} s: {parts}")
     lines.append(
         f"sent         {_mib(status['bytes_up'])} up, {_mib(status['bytes_down'])} down, "
         f"{status['late_replies']} replies too late"
@@ -94,6 +120,20 @@ def show_status(status: Mapping[str, Any]) -> str:
             else "go on with   a new run: this one has no checkpoint to resume from"
         )
     return "\n".join(lines)
+
+
+def _took_part(status: Mapping[str, Any]) -> Iterator[str]:
+    if not status["round"]:
+        return
+    absent = [each for each in status["workers"] if each["missed"]]
+    if len(absent) < len(status["workers"]):
+        yield f"{'all others' if absent else 'all workers'} in every round"
+    for each in absent:
+        rounds = each["counted"] + each["missed"]
+        yield (
+            f"worker {each['worker']} in {each['counted']} of {rounds} rounds, not in the others "
+            f"mostly because: {each['reason']}"
+        )
 
 
 def _missing(

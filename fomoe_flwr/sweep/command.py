@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from fomoe_flwr.config import SettingsError, conf_dir, paper_rows_known, parse_overrides, quoted
-from fomoe_flwr.errors import RunError, one_line
+from fomoe_flwr.errors import RunError, one_line, reason_of
 from fomoe_flwr.events import is_json, tell
 from fomoe_flwr.sweep import slurm
 from fomoe_flwr.sweep.directory import SweepDirectory
@@ -169,7 +169,7 @@ def _gather(directory: SweepDirectory) -> None:
         sweep_page(directory)
     except Exception as error:
         # The jobs and their table are worth more than their picture.
-        warnings.warn(f"no report this time: {error!r}", stacklevel=2)
+        warnings.warn(f"no report this time: {reason_of(error)}", stacklevel=2)
 
 
 def _refuse(plan: Plan, skip_invalid: bool) -> None:

@@ -68,7 +68,7 @@ def test_processes_do_one_job_after_the_other_and_end_when_told(
 @pytest.mark.parametrize(
     ("rank", "what", "message", "kind"),
     [
-        (1, "raise", "process 1 of 2 raised SomeError: rank 1 does not want to", "SomeError"),
+        (1, "raise", "process 1 of 2 failed: rank 1 does not want to", "SomeError"),
         (0, "kill", "process 0 of 2 was ended by signal 9", ""),
         pytest.param(
             1,
@@ -100,7 +100,7 @@ def test_one_that_never_comes_ends_all_after_the_timeout(
     processes = start(2)
     processes.run(job(timeout_seconds=2))
     pids = processes.pids
-    with pytest.raises(ProcessesError, match="process 0 of 2 raised"):
+    with pytest.raises(ProcessesError, match="process 0 of 2 failed"):
         processes.run(job(rank1="sleep"))
     assert gone(pids)
 

@@ -11,6 +11,7 @@ from fomoe_flwr.cli.main import main
 from fomoe_flwr.config import load_settings
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.status import run_status, show_status
+from fomoe_flwr.run.turnout import Turnout, turnout
 
 NOW = 1_000_000.0
 
@@ -19,6 +20,8 @@ def row(server_round: int, *participants: int, **failures: str) -> dict[str, obj
     return {
         "round": server_round,
         "round/seconds": 20.0,
+        "round/receive_seconds": 18.0,
+        "round/eval_seconds": 2.0,
         "round/participants": list(participants),
         "round/failures": {key.removeprefix("w"): why for key, why in failures.items()},
         "round/late_replies": 1,
@@ -45,12 +48,9 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def beat(run: RunDirectory, seconds_ago: float) -> None:
-    run.heartbeat.write_text(
-        json.dumps(
-            {"time": NOW - seconds_ago, "phase": "train", "round": 5, "pid": 7, "host": "berlin"}
-        )
-    )
+def beat(run: RunDirectory, seconds_ago: float, *awaited: dict[str, object]) -> None:
+    told = {"time": NOW - seconds_ago, "phase": "train", "round": 5, "pid": 7, "host": "berlin"}
+    run.heartbeat.write_text(json.dumps({**told, "awaited": awaited}))
 
 
 def test_a_running_run_says_where_it_is_and_who_is_missing(run: RunDirectory) -> None:
@@ -74,12 +74,64 @@ def test_a_running_run_says_where_it_is_and_who_is_missing(run: RunDirectory) ->
         "state        running, round 4 of 8, 1.3 min to go",
         "heartbeat    5 s ago, at `train`, pid 7 on berlin",
         "missing      worker 1 since round 3 (8.0 min): no node plays this worker",
+        "took part    all others in every round",
+        "took part    worker 1 in 2 of 4 rounds, not in the others mostly because: no reply before "
+        "the round's deadline",
+        "last round   20.0 s: receive 18.0, eval 2.0",
         "sent         4.0 MiB up, 8.0 MiB down, 4 replies too late",
         "disk         1.0 MiB: checkpoints 1.0 MiB",
         "checkpoints  round-000004",
     ):
         assert part in text.splitlines()
     assert "go on with" not in text
+
+
+def test_a_round_says_whom_it_waits_for(run: RunDirectory) -> None:
+    reply = {"worker": 1, "for": "reply", "since": NOW - 252}
+    node = {"worker": 2, "for": "node", "since": NOW - 30}
+    beat(run, 5.0, reply, node)
+    status = run_status(run.path, NOW)
+    assert status["awaited"] == [
+        {"worker": 1, "for": "reply", "seconds": 252.0},
+        {"worker": 2, "for": "node", "seconds": 30.0},
+    ]
+    lines = show_status(status).splitlines()
+    assert "waits for    the reply of worker 1, for 4.2 min" in lines
+    assert "waits for    a node of worker 2, for 30 s" in lines
+
+
+@pytest.mark.parametrize("state", ["completed", "failed", "silent"])
+def test_a_run_that_is_over_says_nothing_of_the_present(state: str, run: RunDirectory) -> None:
+    run.write_summary({"status": "running" if state == "silent" else state})
+    beat(run, 600.0, {"worker": 1, "for": "reply", "since": NOW - 700})
+    status = run_status(run.path, NOW)
+    assert (status["state"], status["missing"], status["awaited"]) == (state, [], [])
+    assert status["seconds_left"] is None
+    text = show_status(status)
+    assert "worker 1 in 2 of 4 rounds" in text
+    for word in ("missing", "waits for", "to go", *(["heartbeat"] * (state != "silent"))):
+        assert word not in text
+
+
+@pytest.mark.parametrize(
+    ("reasons", "counted", "reason"),
+    [
+        ([None, None], 2, ""),
+        (["no node", "late", "no node"], 0, "no node"),
+        (["still at round 3", None, "still at round 4", "no node"], 1, "still at round 4"),
+        (["a", "b"], 0, "a"),
+        ([], 0, ""),
+    ],
+)
+def test_the_chief_reason_is_the_most_frequent_as_last_told(
+    reasons: list[str | None], counted: int, reason: str
+) -> None:
+    rows = [
+        {"round/participants": [1] if why is None else [], "round/failures": {"1": why}}
+        for why in reasons
+    ]
+    _, found = turnout(rows, 2)
+    assert found == Turnout(1, counted, len(reasons) - counted, reason)
 
 
 @pytest.mark.parametrize("seconds_ago", [61.0, 1e6])

@@ -112,7 +112,7 @@ def test_text_that_turns_out_too_little_for_a_worker_ends_the_run_with_a_reason(
     assert main([*words, f"data.path={folder}", out, "federation.node_wait_seconds=0"]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert lines[0].startswith("error: 2 of 2 workers cannot start: DataError: ")
+    assert lines[0].startswith("error: 2 of 2 workers cannot start: ")
     assert "data.sequence_length" in lines[0]
     assert RunDirectory(tmp_path / "run").read_summary()["status"] == "failed"
 

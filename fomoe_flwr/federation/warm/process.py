@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import psutil
 from flwr.app import Context, RecordDict
 
-from fomoe_flwr.errors import RunError, one_line
+from fomoe_flwr.errors import RunError, one_line, reason_of
 from fomoe_flwr.events import tell
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
@@ -147,7 +147,7 @@ def _do(peer: socket.socket, task: Frame, answers: Mapping[str, Answer]) -> bool
             task.blobs.clear()
             reply = frame_of(answer(content.pop(), context), {})
         except Exception as error:  # the waiting task giver must hear of every error
-            reply = Frame({"error": f"{type(error).__name__}: {one_line(error)}"})
+            reply = Frame({"error": reason_of(error)})
             # A CUDA error poisons the process, a bug may have done so.
             is_sound = isinstance(error, ValueError | RunError)
             if not is_sound:
