@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,52 @@ def test_a_task_whose_worker_was_killed_goes_to_its_successor(post: Post) -> Non
     supervisor.join()
     assert first.returncode == -signal.SIGKILL
     assert post.lines() == [f"{first.pid} dies"]
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_a_worker_that_is_stopped_is_replaced(
+    busy: bool, post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "SILENT_SECONDS", 4.0)
+    first = post.start()
+
+    def supervise() -> None:
+        if busy:
+            wait_for(lambda: post.lines())
+            first.send_signal(signal.SIGSTOP)
+        first.wait()
+        post.start()
+
+    if not busy:
+        first.send_signal(signal.SIGSTOP)
+    supervisor = threading.Thread(target=supervise)
+    supervisor.start()
+    began = time.monotonic()
+    content = some_content(2**21)  # More than a socket takes from one who waits for a reader.
+    assert_same(hand_over("slow", content, post.context(seconds=0.5)), content)
+    assert 3 < time.monotonic() - began < 20
+    supervisor.join()
+    assert first.returncode == -signal.SIGKILL
+    assert f"warm worker {first.pid}: killed" in post.folder.log.read_text(encoding="utf-8")
+
+
+def test_a_worker_that_waits_for_ever_is_replaced_and_one_that_computes_is_not(post: Post) -> None:
+    first = post.start()
+
+    def supervise() -> None:
+        first.wait()
+        post.start()
+
+    supervisor = threading.Thread(target=supervise)
+    supervisor.start()
+    limit = {"worker-stuck-seconds": 5}
+    assert_same(hand_over("hang", some_content(), post.context(**limit)), some_content())
+    supervisor.join()
+    assert first.returncode == -signal.SIGKILL
+    _, second = post.processes
+    grinding = post.context(seconds=9, **limit)
+    assert_same(hand_over("grind", some_content(), grinding), some_content())
+    assert second.poll() is None
 
 
 def test_a_task_that_kills_two_workers_is_given_up(post: Post) -> None:

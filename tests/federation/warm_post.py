@@ -15,10 +15,8 @@ import psutil
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
 from fomoe_flwr.federation.warm.folder import Folder
-from fomoe_flwr.federation.warm.frames import receive
-from fomoe_flwr.federation.warm.handshake import (
-    greet_as_giver,
-)
+from fomoe_flwr.federation.warm.frames import Frame, receive
+from fomoe_flwr.federation.warm.handshake import BEAT, greet_as_giver
 
 SCRIPT = Path(__file__).with_name("warm_worker_process.py")
 ROOT = Path(__file__).parents[2]
@@ -68,8 +66,15 @@ class Post:
         """Connect like one who knows the token, and wait for our turn."""
         peer = self.connect()
         greet_as_giver(peer, self.folder.read_token())
-        assert receive(peer).fields == {"ready": True}
+        assert next_frame(peer).fields == {"ready": True}
         return peer
+
+
+def next_frame(peer: socket.socket) -> Frame:
+    """Receive what is no heartbeat."""
+    while BEAT in (frame := receive(peer)).fields:
+        pass
+    return frame
 
 
 def wait_for(condition: Any, seconds: float = 20) -> None:

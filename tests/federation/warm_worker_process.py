@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,6 +48,24 @@ def fragile(content: RecordDict, context: Context) -> RecordDict:
     return content
 
 
+def hang(content: RecordDict, context: Context) -> RecordDict:
+    """Wait for itself for ever, the first time."""
+    is_first = not Path(str(context.node_config["notes"])).is_file()
+    note(context, "begin")
+    if is_first:
+        threading.Event().wait()
+    return content
+
+
+def grind(content: RecordDict, context: Context) -> RecordDict:
+    """Compute for a while."""
+    note(context, "begin")
+    end = time.monotonic() + float(context.node_config["seconds"])
+    while time.monotonic() < end:
+        sum(range(10_000))
+    return content
+
+
 def refuse(content: RecordDict, context: Context) -> RecordDict:
     """Fail in the way of a bad message."""
     raise ValueError("not\nwith me")
@@ -62,5 +81,5 @@ if __name__ == "__main__":
         Folder(sys.argv[1]),
         float(sys.argv[2]),
         int(sys.argv[3]),
-        {f.__name__: f for f in (echo, slow, fragile, refuse, break_down)},
+        {f.__name__: f for f in (echo, slow, fragile, hang, grind, refuse, break_down)},
     )

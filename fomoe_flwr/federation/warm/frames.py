@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -30,6 +31,10 @@ class ClosedError(FrameError):
     """A peer that closed the connection, or died."""
 
 
+class SilentError(ClosedError):
+    """A peer from which nothing came for too long, or that took nothing."""
+
+
 @dataclass(frozen=True)
 class Frame:
     """One message on the socket."""
@@ -50,7 +55,25 @@ def send(peer: socket.socket, frame: Frame) -> None:
         for blob in frame.blobs:
             peer.sendall(blob)
     except OSError as error:
-        raise ClosedError(f"the connection broke: {error.strerror or error}") from error
+        raise _broken(error) from error
+
+
+def send_short(peer: socket.socket, fields: Mapping[str, Any]) -> None:
+    """Send a frame without bytes, unless the peer is gone or has left too many unread."""
+    header = json.dumps({**fields, _SIZES: []}).encode()
+    with contextlib.suppress(OSError):
+        peer.send(_LENGTH.pack(len(header)) + header, socket.MSG_DONTWAIT)
+
+
+def limit_silence(peer: socket.socket, seconds: float) -> None:
+    """Let `send` and `receive` raise SilentError when nothing moves for so long.
+
+    The kernel keeps the time: with a timeout of Python's, `receive` would copy every piece.
+    """
+    whole = int(seconds)
+    limit = struct.pack("ll", whole, int((seconds - whole) * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        peer.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def receive(
@@ -90,12 +113,18 @@ def _read(peer: socket.socket, size: int) -> bytes:
             # Without a timeout the kernel fills a whole piece, and no second copy is made.
             piece = peer.recv(min(left, _PIECE_BYTES), socket.MSG_WAITALL)
         except OSError as error:
-            raise ClosedError(f"the connection broke: {error.strerror or error}") from error
+            raise _broken(error) from error
         if not piece:
             raise ClosedError("the connection was closed")
         pieces.append(piece)
         left -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _broken(error: OSError) -> ClosedError:
+    if isinstance(error, BlockingIOError | TimeoutError):
+        return SilentError("nothing came for too long")
+    return ClosedError(f"the connection broke: {error.strerror or error}")
 
 
 def _memory_bytes() -> int:

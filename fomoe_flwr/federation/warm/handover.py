@@ -5,11 +5,16 @@ The keys of a SuperNode's `--node-config`:
     worker-dir            the worker's folder; without it Flower's own process does the work
     worker-start          true (default): start a worker where none answers; false: wait for one
     worker-idle-seconds   how long a worker started here waits for its next task
+    worker-stuck-seconds  how long a worker may compute nothing while a task waits (0: any time);
+                          then it is replaced
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,24 +27,39 @@ from typing import Any
 from flwr.app import Context, RecordDict
 
 import fomoe_flwr
-from fomoe_flwr.errors import RunError
+from fomoe_flwr.errors import RunError, one_line
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
-from fomoe_flwr.federation.warm.frames import ClosedError, Frame, FrameError, receive, send
+from fomoe_flwr.federation.warm.frames import (
+    ClosedError,
+    Frame,
+    FrameError,
+    SilentError,
+    limit_silence,
+    receive,
+    send,
+)
 from fomoe_flwr.federation.warm.handshake import (
+    BEAT,
     END,
     OtherCodeError,
     StrangerError,
     greet_as_giver,
+    peer_pid,
 )
 
 START_SECONDS = 60.0
 """How long a worker may take until it listens, whether we or a supervisor started it."""
 IDLE_SECONDS = 1800
+STUCK_SECONDS = 600
+SILENT_SECONDS = 60.0
+"""Without a heartbeat for so long, a worker is taken for stopped, and replaced."""
 MOST_TRIES = 2
 """A task whose worker died is given to its successor once."""
 
 _POLL_SECONDS = 0.05
+_LEAST_SHARE = 0.01
+"""Whoever trains, reads or waits for a GPU uses more of a processor than this."""
 
 
 class NoWorkerError(RunError):
@@ -76,7 +96,10 @@ def hand_over(kind: str, content: RecordDict, context: Context) -> RecordDict:
     for _ in range(MOST_TRIES):
         with door.enter() as peer:
             try:
-                reply = _exchange(peer, task)
+                reply = _exchange(peer, task, door.stuck_seconds)
+            except (SilentError, _StuckError) as error:
+                door.end_worker(peer, one_line(error))
+                continue
             except ClosedError:
                 continue
         if "error" in reply.fields:
@@ -88,11 +111,39 @@ def hand_over(kind: str, content: RecordDict, context: Context) -> RecordDict:
     )
 
 
-def _exchange(peer: socket.socket, task: Frame) -> Frame:
-    """Wait for our turn, then for the answer, as long as the worker lives."""
-    receive(peer)
+def _exchange(peer: socket.socket, task: Frame, stuck_seconds: float) -> Frame:
+    """Wait for our turn, then for the answer, as long as the worker lives and moves."""
+    pulse = _Pulse(stuck_seconds)
+    pulse.until_frame(peer)
     send(peer, task)
-    return receive(peer)
+    return pulse.until_frame(peer)
+
+
+class _StuckError(FrameError):
+    """A worker that lives and does nothing."""
+
+
+class _Pulse:
+    """What a worker's heartbeats tell: how much processor time it and its children have used."""
+
+    def __init__(self, stuck_seconds: float) -> None:
+        self._limit = stuck_seconds
+        self._used = -math.inf
+        self._since = 0.0
+
+    def until_frame(self, peer: socket.socket) -> Frame:
+        """Return the next frame that is no heartbeat. Raises SilentError and _StuckError."""
+        while BEAT in (frame := receive(peer)).fields:
+            self._feel(float(frame.fields[BEAT]), time.monotonic())
+        return frame
+
+    def _feel(self, used: float, now: float) -> None:
+        if used - self._used >= _LEAST_SHARE * self._limit or used < self._used:
+            self._used, self._since = used, now
+        elif self._limit and now - self._since > self._limit:
+            raise _StuckError(
+                f"busy for less than {_LEAST_SHARE:.0%} of {self._limit:g} s while a task waited"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,6 +153,7 @@ class _Door:
     folder: Folder
     may_start: bool
     idle_seconds: float
+    stuck_seconds: float
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> _Door:
@@ -109,6 +161,7 @@ class _Door:
             Folder(str(node_config["worker-dir"])),
             bool(node_config.get("worker-start", True)),
             float(node_config.get("worker-idle-seconds", IDLE_SECONDS)),
+            float(node_config.get("worker-stuck-seconds", STUCK_SECONDS)),
         )
 
     def enter(self) -> socket.socket:
@@ -119,14 +172,21 @@ class _Door:
             self.folder.check()
         deadline = time.monotonic() + START_SECONDS
         started: subprocess.Popen[bytes] | None = None
-        strangers = 0
+        strangers = silences = 0
+        problem: Exception
         while True:
             try:
                 return self._greeted()
+            except SilentError as error:
+                # It is killed. Its successor gets its own time.
+                silences += 1
+                if silences > 1:
+                    raise NoWorkerError(f"{self.folder.path}: a worker hangs: {error}") from error
+                deadline, problem = time.monotonic() + START_SECONDS, error
             except OtherCodeError as error:
                 if not self.may_start:
                     raise
-                problem: Exception = error
+                problem = error
             except StrangerError as error:
                 # The token may have been that of an earlier worker.
                 strangers += 1
@@ -147,9 +207,14 @@ class _Door:
     def _greeted(self) -> socket.socket:
         token = self.folder.read_token()
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        limit_silence(peer, SILENT_SECONDS)
         try:
             peer.connect(str(self.folder.socket))
             greet_as_giver(peer, token)
+        except SilentError:
+            with peer:
+                self.end_worker(peer, f"silent for {SILENT_SECONDS:g} s")
+            raise
         except OtherCodeError:
             with peer:
                 if self.may_start:
@@ -160,6 +225,17 @@ class _Door:
             peer.close()
             raise
         return peer
+
+    def end_worker(self, peer: socket.socket, why: str) -> None:
+        """Kill a worker that is stuck: nothing gentler reaches a process that is stopped."""
+        pid = peer_pid(peer)
+        if pid in (0, os.getpid()):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with self.folder.open_log() as log:
+            log.write(f"{stamp} warm worker {pid}: killed, it was {why}\n".encode())
 
     def _start(self) -> subprocess.Popen[bytes]:
         # The very modules that run here: Flower unpacks them to a folder of its own.
@@ -181,9 +257,9 @@ class _Door:
 
 def _send_home(peer: socket.socket) -> None:
     try:
-        peer.settimeout(None)
-        receive(peer)
+        pulse = _Pulse(0)
+        pulse.until_frame(peer)
         send(peer, Frame({"kind": END}))
-        receive(peer)
+        pulse.until_frame(peer)
     except FrameError:
         pass

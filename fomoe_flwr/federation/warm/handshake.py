@@ -14,6 +14,8 @@ import hashlib
 import hmac
 import secrets
 import socket
+import struct
+import sys
 import threading
 from functools import cache
 from pathlib import Path
@@ -25,9 +27,11 @@ from fomoe_flwr.federation.warm.frames import SHORT_HEADER_BYTES, Frame, receive
 
 PROTOCOL = 1
 HANDSHAKE_SECONDS = 5.0
-"""Limit for the whole handshake; both sides are on one machine."""
+"""A worker's limit for the whole handshake; both sides are on one machine."""
 END = "end"
 """Kind of a task that asks the worker to end."""
+BEAT = "beat"
+"""Field of a heartbeat, which a worker sends to everybody who waits: seconds of processor time."""
 
 _GIVER, _WORKER = "giver", "worker"
 
@@ -72,7 +76,6 @@ def greet_as_worker(peer: socket.socket, token: bytes) -> None:
 
 def greet_as_giver(peer: socket.socket, token: bytes) -> None:
     """Introduce a task giver to a worker. Raises StrangerError, FrameError or OtherCodeError."""
-    peer.settimeout(HANDSHAKE_SECONDS)
     hello = _short(peer)
     if hello.get("protocol") != PROTOCOL:
         raise StrangerError(f"the warm worker speaks protocol {hello.get('protocol')}")
@@ -88,7 +91,17 @@ def greet_as_giver(peer: socket.socket, token: bytes) -> None:
             f"ClientApp {code()['version']} (modules {code()['digest']}): install the same version "
             "and start the worker again"
         )
-    peer.settimeout(None)
+
+
+def peer_pid(peer: socket.socket) -> int:
+    """Return the process that listens at the other end; 0 where the system does not tell."""
+    if hasattr(socket, "SO_PEERCRED"):
+        size = struct.calcsize("3i")
+        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return int(struct.unpack("3i", credentials)[0])
+    if sys.platform == "darwin":
+        return int(peer.getsockopt(0, 2))  # SOL_LOCAL, LOCAL_PEERPID
+    return 0
 
 
 def _short(peer: socket.socket) -> dict[str, Any]:

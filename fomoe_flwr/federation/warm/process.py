@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import psutil
 from flwr.app import Context, RecordDict
@@ -21,14 +22,17 @@ from fomoe_flwr.errors import RunError, one_line, reason_of
 from fomoe_flwr.events import tell
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
-from fomoe_flwr.federation.warm.frames import Frame, FrameError, receive, send
-from fomoe_flwr.federation.warm.handshake import END, StrangerError, code, greet_as_worker
+from fomoe_flwr.federation.warm.frames import Frame, FrameError, receive, send, send_short
+from fomoe_flwr.federation.warm.handshake import BEAT, END, StrangerError, code, greet_as_worker
 
 Answer = Callable[[RecordDict, Context], RecordDict]
 
 _WAITING_ROOM = 16
 """Task givers that may wait after the handshake; more are turned away."""
 _POLL_SECONDS = 1.0
+BEAT_SECONDS = 2.0
+_CHILDREN_BEATS = 15
+"""Children are looked at once in so many heartbeats: to find them takes a moment."""
 
 
 def run_warm_worker(
@@ -50,13 +54,15 @@ def run_warm_worker(
             signal.signal(number, _end)
     with folder.occupied(), _listening(folder) as listener:
         token = folder.new_token()
-        waiting: queue.Queue[socket.socket] = queue.Queue(_WAITING_ROOM)
-        _beside(_let_in, listener, token, waiting)
+        waiting: queue.Queue[_Guest] = queue.Queue(_WAITING_ROOM)
+        guests: set[_Guest] = set()
+        _beside(_let_in, listener, token, waiting, guests)
+        _beside(_beat, guests)
         if with_process:
             _beside(_end_with, with_process)
         _say(f"waiting in {folder.path}, fomoe-flwr {version}")
         # Imported before the first task comes, because the imports take seconds.
-        _work(waiting, answers or _own_answers(), idle_seconds)
+        _work(waiting, guests, answers or _own_answers(), idle_seconds)
     _say("done")
 
 
@@ -94,7 +100,51 @@ def _listening(folder: Folder) -> Iterator[socket.socket]:
         listener.close()
 
 
-def _let_in(listener: socket.socket, token: bytes, waiting: queue.Queue[socket.socket]) -> None:
+@dataclass(eq=False)
+class _Guest:
+    """A task giver after the handshake."""
+
+    peer: socket.socket
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the thread that sends to it."""
+
+    def send(self, frame: Frame) -> None:
+        """Send a frame. Raises ClosedError."""
+        with self.turn:
+            send(self.peer, frame)
+
+
+def _beat(guests: set[_Guest]) -> None:
+    """Tell everybody who waits that this process lives, and what it computes."""
+    children, beats = 0.0, 0
+    while True:
+        time.sleep(BEAT_SECONDS)
+        if beats % _CHILDREN_BEATS == 0:
+            children = _seconds_of_children()
+        beats += 1
+        # Without this thread's own time: it would look like work.
+        used = time.process_time() - time.thread_time() + children
+        for guest in list(guests):
+            # Whoever is being sent something hears that anyway.
+            if guest.turn.acquire(blocking=False):
+                send_short(guest.peer, {BEAT: used})
+                guest.turn.release()
+
+
+def _seconds_of_children() -> float:
+    """Return the processor time of all processes below this one; of those that ended, too."""
+    ended = os.times()
+    seconds = ended.children_user + ended.children_system
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = child.cpu_times()
+            seconds += times.user + times.system
+    return seconds
+
+
+def _let_in(
+    listener: socket.socket, token: bytes, waiting: queue.Queue[_Guest], guests: set[_Guest]
+) -> None:
     """Greet whoever comes, one after the other; strangers are turned away."""
     while True:
         try:
@@ -103,41 +153,50 @@ def _let_in(listener: socket.socket, token: bytes, waiting: queue.Queue[socket.s
             return
         try:
             greet_as_worker(peer, token)
-            waiting.put_nowait(peer)
-        except (FrameError, StrangerError, queue.Full) as error:
-            _say(f"turned a peer away: {one_line(error) or 'too many wait'}")
+            guest = _Guest(peer)
+            if waiting.full():
+                raise StrangerError("too many wait")
+            guests.add(guest)
+            waiting.put(guest)
+        except (FrameError, StrangerError) as error:
+            _say(f"turned a peer away: {one_line(error)}")
             peer.close()
 
 
 def _work(
-    waiting: queue.Queue[socket.socket], answers: Mapping[str, Answer], idle_seconds: float
+    waiting: queue.Queue[_Guest],
+    guests: set[_Guest],
+    answers: Mapping[str, Answer],
+    idle_seconds: float,
 ) -> None:
     while True:
         try:
-            peer = waiting.get(timeout=idle_seconds or None)
+            guest = waiting.get(timeout=idle_seconds or None)
         except queue.Empty:
             _say(f"idle for {idle_seconds:g} s")
             return
-        with peer:
+        with guest.peer as peer:
             try:
-                send(peer, Frame({"ready": True}))
+                guest.send(Frame({"ready": True}))
                 task = receive(peer)
                 if task.fields.get("kind") == END:
                     _say("told to end")
                     return
-                is_sound = _do(peer, task, answers)
+                is_sound = _do(guest, task, answers)
             except FrameError as error:
                 _say(f"lost a task giver: {one_line(error)}")
                 continue
+            finally:
+                guests.discard(guest)
         if not is_sound:
             _say("ends after an error that may have left anything behind")
             return
 
 
-def _do(peer: socket.socket, task: Frame, answers: Mapping[str, Answer]) -> bool:
+def _do(guest: _Guest, task: Frame, answers: Mapping[str, Answer]) -> bool:
     """Do a task and send its answer; return whether this process may take another one."""
     started, kind, is_sound = time.monotonic(), task.fields.get("kind"), True
-    with _alive_with(peer):
+    with _alive_with(guest.peer):
         try:
             answer = answers.get(str(kind))
             if answer is None:
@@ -152,7 +211,7 @@ def _do(peer: socket.socket, task: Frame, answers: Mapping[str, Answer]) -> bool
             is_sound = isinstance(error, ValueError | RunError)
             if not is_sound:
                 traceback.print_exc()
-    send(peer, reply)
+    guest.send(reply)
     took = time.monotonic() - started
     _say(f"{kind}: {reply.fields.get('error', 'done')} ({took:.2f} s)")
     return is_sound
