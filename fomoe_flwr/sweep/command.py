@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from fomoe_flwr.config import SettingsError, conf_dir, paper_rows_known, parse_overrides, quoted
 from fomoe_flwr.errors import RunError, one_line, reason_of
 from fomoe_flwr.events import is_json, tell
+from fomoe_flwr.federation.deployment.guardian import guarded_children
 from fomoe_flwr.sweep import slurm
 from fomoe_flwr.sweep.directory import SweepDirectory
 from fomoe_flwr.sweep.job import end_if_running, read_record, run_job, write_record
@@ -59,7 +60,9 @@ def sweep(words: Sequence[str], folder: Path | None, skip_invalid: bool) -> bool
                 )
         broken = None
         try:
-            with Progress(directory, plan, lambda: _gather(directory)):
+            # Jobs in SLURM's queue go on without this process.
+            guard = contextlib.nullcontext() if on_slurm else guarded_children()
+            with guard, Progress(directory, plan, lambda: _gather(directory)):
                 _launch(plan, directory)
         except BrokenExecutor as error:
             broken = RunError(f"a process of the launcher was killed: {one_line(error)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from fomoe_flwr.config import PATHS, Settings, quoted
 from fomoe_flwr.events import pass_on, tell
 from fomoe_flwr.federation.deployment.app_folder import app_folder
+from fomoe_flwr.federation.deployment.guardian import Guardian
 from fomoe_flwr.federation.deployment.process_family import (
     end_family,
     environment,
@@ -47,7 +48,8 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
     )
     run_config = home / "run_config.toml"
     write_run_config(run_config, settings, overrides, run.workers)
-    variables, log = environment(home, home), home / "superlink.log"
+    guardian, log = Guardian(), home / "superlink.log"
+    variables = environment(home, home) | guardian.ward
     link = start(_link_command(port), variables, home, log)
     try:
         wait_until_healthy(
@@ -69,6 +71,7 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
             _follow(command, variables, run.path)
     finally:
         end_family(home)
+        guardian.dismiss()
     return is_complete(settings)
 
 

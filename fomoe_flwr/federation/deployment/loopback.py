@@ -3,7 +3,8 @@
 It differs from a federation of several hosts (docs/deploy.md) only in its addresses: TLS with an
 authority of its own, SuperNodes that prove themselves with registered keys, process isolation, and
 a database, so that a run survives a restart of the SuperLink. A keeper starts all processes,
-restarts those that end, and ends all of them when it ends itself.
+restarts those that end, and ends all of them when it ends itself. If it is killed, its guardian
+ends them.
 
     credentials/      see `credentials`        federation.json  ports, nodes, registered node ids
     flower/           Flower's own folder      pids.json        {process: pid}, of the keeper too
@@ -34,6 +35,7 @@ from fomoe_flwr.federation.deployment.credentials import (
     make_secret,
     make_server_certificate,
 )
+from fomoe_flwr.federation.deployment.guardian import Guardian
 from fomoe_flwr.federation.deployment.process_family import (
     ProcessError,
     end_family,
@@ -101,6 +103,7 @@ class Loopback:
     nodes: Sequence[str] = ()
     _state: dict[str, Any] = field(default_factory=dict)
     _daemons: dict[str, Daemon] = field(default_factory=dict)
+    _guardian: Guardian | None = None
 
     def __post_init__(self) -> None:
         self.folder = self.folder.expanduser().resolve()
@@ -122,7 +125,8 @@ class Loopback:
     @property
     def variables(self) -> dict[str, str]:
         """The environment of every process of the federation."""
-        return environment(self.home, self.folder)
+        ward = {} if self._guardian is None else self._guardian.ward
+        return environment(self.home, self.folder) | ward
 
     def up(self) -> None:
         """Make what is missing and start everything; return when all nodes are connected.
@@ -132,6 +136,7 @@ class Loopback:
         """
         self._claim()
         self._prepare()
+        self._guardian = Guardian()
         try:
             link = self._daemon(_LINK, self._link_command(), (1.0, 2.0, 5.0))
             self._start(link)
@@ -180,6 +185,8 @@ class Loopback:
         psutil.wait_procs(processes, timeout=10)
         self._daemons.clear()
         ended = end_family(self.folder)
+        if self._guardian is not None:
+            self._guardian.dismiss()
         self._note("federation", "ended", processes=ended)
         (self.folder / "pids.json").unlink(missing_ok=True)
 

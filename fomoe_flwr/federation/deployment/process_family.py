@@ -104,30 +104,34 @@ def wait_until_healthy(
     raise ProcessError(f"nothing healthy answers at {address}; the log is {log}")
 
 
-def family(mark: Path) -> list[psutil.Process]:
-    """List the processes of a family, without the one that asks."""
+def family(mark: Path | str, variable: str = MARK) -> list[psutil.Process]:
+    """List the processes with this mark in their environment, without the one that asks."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            if process.pid != os.getpid() and process.environ().get(MARK) == str(mark):
+            if process.pid != os.getpid() and process.environ().get(variable) == str(mark):
                 found.append(process)
     return found
 
 
-def end_family(mark: Path) -> int:
+def end_family(mark: Path | str, variable: str = MARK) -> int:
     """End a family: politely, then by force; return how many processes were ended."""
-    ended = 0
+    ended: set[psutil.Process] = set()
     for number, seconds in ((signal.SIGTERM, _END_SECONDS), (signal.SIGKILL, 3.0)):
+        asked: set[psutil.Process] = set()
         # Twice: a process may have started another one while it was being ended.
         for _ in range(2):
-            members = family(mark)
+            members = family(mark, variable)
             if not members:
-                return ended
-            ended += len(members)
+                return len(ended | asked)
+            if asked.issuperset(members):
+                break
+            asked.update(members)
             for process in members:
                 send(process, number)
             psutil.wait_procs(members, timeout=seconds)
-    return ended
+        ended |= asked
+    return len(ended)
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
