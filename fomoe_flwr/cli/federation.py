@@ -183,14 +183,19 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _train(options: argparse.Namespace, settings: Settings, federation: Loopback) -> int:
+    from fomoe_flwr import report
     from fomoe_flwr.config import expand_files
     from fomoe_flwr.federation.deployment.submission import run_once, supervise
+    from fomoe_flwr.run.directory import RunDirectory
 
     words, folder = expand_files(options.overrides), federation.folder
     if options.resume_on_failure:
         done = supervise(federation.link, settings, words, folder, options.resume_on_failure, _say)
     else:
         done = run_once(federation.link, settings, words, folder, _say)
+    run = RunDirectory(Path(settings.output_dir))
+    if run.read_metrics():  # The server is on this machine.
+        report.print_end(run)
     return exit_status(settings, done)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fomoe_flwr import __version__, events
 from fomoe_flwr.cli import bench, estimate, federation, inspect_run, train
@@ -37,9 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit:  # Help, the version, or argparse's own refusal.
+        if _asks_for_json(arguments):
+            events.use_format("json")
+        status = _fail(str(error), 2)
+        events.tell_if_json("end", exit_status=status)
+        return status
+    except SystemExit as ended:  # Help, the version, or a refusal of the words.
+        if isinstance(ended, _Refusal) and ended.tells and _asks_for_json(arguments):
+            events.use_format("json")
+            events.tell("error", ended.reason)
+            events.tell("end", exit_status=2)
         if (lost := lost_output()) is None:
             raise
         return _lost(lost)
@@ -104,17 +113,43 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
         refuse_option(unknown[0])
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.refuse(f"unrecognized arguments: {' '.join(unknown)}", "log_format" in options)
     if rest:
         options.overrides += rest
     return options
 
 
-def command_parser() -> argparse.ArgumentParser:
+class _Refusal(SystemExit):
+    """Words that are no command; `tells` if the command may have to tell it as an event."""
+
+    def __init__(self, reason: str, tells: bool) -> None:
+        super().__init__(2)
+        self.reason, self.tells = reason, tells
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.refuse(message, "--log-format" in self._option_string_actions)
+
+    def refuse(self, reason: str, tells: bool) -> NoReturn:
+        """Say how the command is used, and raise what ends it."""
+        self.print_usage(sys.stderr)
+        print(f"{self.prog}: error: {reason}", file=sys.stderr)
+        raise _Refusal(reason, tells)
+
+
+def _asks_for_json(arguments: Sequence[str] | None) -> bool:
+    """Read the format from words that could not be parsed, else from the environment."""
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    if "--log-format" in words[:-1]:
+        return words[words.index("--log-format") + 1] == "json"
+    given = [word for word in words if word.startswith("--log-format=")]
+    return given[-1].endswith("=json") if given else os.environ.get(events.VARIABLE) == "json"
+
+
+def command_parser() -> _Parser:
     """Return the parser of all commands; each sets `run`, the function that does its work."""
-    parser = argparse.ArgumentParser(
-        prog="fomoe", description="Federated pre-training of MoE language models."
-    )
+    parser = _Parser(prog="fomoe", description="Federated pre-training of MoE language models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in _COMMANDS:

@@ -81,7 +81,9 @@ def _run(options: argparse.Namespace) -> int:
 def exit_status(settings: Settings, done: bool) -> int:
     """Return the exit status of a run; say where to look if it failed."""
     if not done:
-        print(f"error: the run failed, see {settings.output_dir}", file=sys.stderr)
+        reason = f"the run failed, see {settings.output_dir}"
+        print(f"error: {reason}", file=sys.stderr)
+        events.tell_if_json("error", reason)
     return 0 if done else 1
 
 

@@ -67,6 +67,9 @@ def test_a_run_tells_its_banner_its_rounds_its_warnings_and_its_end(tmp_path: An
         (("run", "rounds=0"), 2),
         (("run", "nothing=1"), 2),
         (("sweep",), 2),
+        (("run", "--nonsense"), 2),
+        (("sweep", "--invalid", "maybe"), 2),
+        (("federation", "run"), 2),
     ],
 )
 def test_a_refusal_is_an_event_and_the_last_line_has_the_exit_status(
@@ -82,10 +85,23 @@ def test_a_run_on_flowers_engine_and_a_sweep_tell_events(tmp_path: Any) -> None:
     status, rows = told(*RUN, f"output_dir={tmp_path / 'run'}", "engine=flower")
     assert status == 0
     assert {"command", "start", "round", "summary", "end"} <= set(kinds(rows))
+    assert "\x1b" not in (tmp_path / "run" / "flower" / "superlink.log").read_text("utf-8")
     words = ("sweep", "seed=0,1", *RUN[1:], "--dir", str(tmp_path / "sweep"))
     status, rows = told(*words)
     assert (status, kinds(rows)) == (0, ["sweep", "job", "job", "summary", "end"])
     assert {row["status"] for row in rows if row["event"] == "job"} == {"completed"}
+
+
+@pytest.mark.slow
+@pytest.mark.flower
+def test_a_federation_tells_events_and_its_logs_have_no_colours(tmp_path: Any) -> None:
+    folder, out = str(tmp_path / "f"), f"output_dir={tmp_path / 'run'}"
+    status, rows = told("federation", "run", folder, "--nodes", "2", *RUN[1:], out)
+    assert (status, kinds(rows)) == (0, ["submission", "submission", "summary", "end"])
+    assert [worker["counted"] for worker in rows[2]["workers"]] == [2, 2]
+    logs = list((tmp_path / "f" / "logs").glob("*.log"))
+    assert len(logs) == 4
+    assert not any("\x1b" in log.read_text("utf-8") for log in logs)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from fomoe_flwr.federation.deployment.process_family import (
     environment,
     free_port,
     start,
+    take_colours_out,
     tool,
     wait_until_healthy,
 )
@@ -72,6 +73,7 @@ def run_with_flower(settings: Settings, overrides: Sequence[str]) -> bool:
     finally:
         end_family(home)
         guardian.dismiss()
+        take_colours_out(log)
     return is_complete(settings)
 
 

@@ -44,6 +44,7 @@ from fomoe_flwr.federation.deployment.process_family import (
     free_port,
     send,
     start,
+    take_colours_out,
     tool,
     wait_until_healthy,
 )
@@ -187,6 +188,8 @@ class Loopback:
         ended = end_family(self.folder)
         if self._guardian is not None:
             self._guardian.dismiss()
+        for log in self._logs.glob("*.log"):
+            take_colours_out(log)
         self._note("federation", "ended", processes=ended)
         (self.folder / "pids.json").unlink(missing_ok=True)
 

@@ -22,6 +22,8 @@ from pathlib import Path
 import psutil
 
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.events import without_colours
+from fomoe_flwr.files import save_text
 
 MARK = "FOMOE_FAMILY"
 """Environment variable that tells to which family a process belongs."""
@@ -51,6 +53,7 @@ def environment(home: Path, mark: Path) -> dict[str, str]:
         "RAY_ADDRESS": "local",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
+        "NO_COLOR": "1",
         # Flower starts its helpers by name.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
@@ -83,6 +86,13 @@ def start(
             stderr=sink,
             start_new_session=True,
         )
+
+
+def take_colours_out(log: Path) -> None:
+    """Remove a terminal's codes from the log of a process that ended: Flower always writes them."""
+    with contextlib.suppress(FileNotFoundError):
+        text = log.read_text(encoding="utf-8", errors="replace")
+        save_text(without_colours(text), log)
 
 
 def wait_until_healthy(

@@ -61,9 +61,10 @@ class SuperLink:
         runs = answer.get("runs") or []
         if not runs:
             raise SubmissionError(f"the SuperLink knows nothing of run {run_id}: {answer}")
-        # Why a run failed; nothing while it goes.
+        # Why a run failed; otherwise nothing, or Flower's word for nothing.
         details = runs[0].get("status-details")
-        return f"{runs[0]['status']} ({details})" if details else str(runs[0]["status"])
+        told = f" ({details})" if details and details != "N/A" else ""
+        return f"{runs[0]['status']}{told}"
 
     def follow(self, run_id: str) -> str:
         """Wait for the end of a run, however often the SuperLink goes away; return its status."""
