@@ -16,7 +16,7 @@ from chromium import chromium_tab, find_chromium
 from fomoe_flwr.cli.main import main
 from fomoe_flwr.config import load_settings
 from fomoe_flwr.layout import Layout, draw_layout
-from fomoe_flwr.report import live
+from fomoe_flwr.report import live, print_end
 from fomoe_flwr.report.history import History
 from fomoe_flwr.report.holders import held_share
 from fomoe_flwr.report.live import LiveReport, write_report
@@ -215,6 +215,30 @@ def test_a_report_that_cannot_be_drawn_ends_no_run(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         report.finish()
     assert [str(w.message)[:19] for w in caught] == ["no report this time"]
+
+
+@pytest.mark.parametrize(
+    ("missed", "told"),
+    [
+        ((0, 0), ["all 2 workers counted in every round"]),
+        (
+            (0, 2),
+            ["rounds that counted", "0 │       3 │       0 │", "1 │       1 │       2 │ late"],
+        ),
+    ],
+)
+def test_the_last_tables_say_how_many_rounds_of_each_worker_counted(
+    missed: tuple[int, int], told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    workers = [
+        {"worker": n, "counted": 3 - k, "missed": k, "reason": "late" * bool(k)}
+        for n, k in enumerate(missed)
+    ]
+    run.write_summary({**run.read_summary(), "workers": workers})
+    print_end(run)
+    said = capsys.readouterr().out
+    assert all(part in said for part in told), said
 
 
 def test_series_are_sums_over_rounds(tmp_path: Path) -> None:
