@@ -27,11 +27,14 @@ class Lookout:
     def __call__(self) -> list[dict[str, Any]]:
         """List `worker`, what is waited `for` (`node` or `reply`) and `since` (Unix seconds)."""
         record, now = self._strategy.record, time.monotonic()
-        if record is None or record is self._closed:
-            missing = self._strategy.seats.missing_workers()
-            found, what = dict.fromkeys(missing, self._since), "node"
-        else:
-            found, what = record.awaited, "reply"
+        try:
+            if record is None or record is self._closed:
+                missing = self._strategy.seats.missing_workers()
+                found, what = dict.fromkeys(missing, self._since), "node"
+            else:
+                found, what = record.awaited, "reply"
+        except RuntimeError:  # It changed while it was read: the next look will do.
+            return []
         return [
             {"worker": worker, "for": what, "since": time.time() - (now - since)}
             for worker, since in found.items()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fomoe_flwr.files import save_text
 from fomoe_flwr.report.baselines import baseline_panels
@@ -13,6 +15,7 @@ from fomoe_flwr.report.page import Page
 from fomoe_flwr.report.routing import load_panels, routing_panels
 from fomoe_flwr.report.timeline import time_panels
 from fomoe_flwr.report.units import count, duration, number, size
+from fomoe_flwr.run.phases import largest, phases_around
 
 _MOST_ROWS = 50
 _REFRESH_SECONDS = 30
@@ -40,7 +43,7 @@ def run_page(history: History) -> Path:
     )
     page.panels("Routing", "", routing_panels(history.routing))
     page.panels("Load of experts", "", load_panels(history.routing))
-    page.panels("Time", "", time_panels(history))
+    page.panels("Time", _around(summary), time_panels(history))
     _add_rounds(page, history)
     if samples := sorted(run.samples.glob("*.txt")):
         page.heading(f"What it writes ({samples[-1].stem})")
@@ -68,6 +71,13 @@ def _sentence(history: History) -> str:
         f"{settings.model.routing} routing), {settings.local.steps} local steps a round, "
         f"{settings.outer.name} outer step."
     )
+
+
+def _around(summary: Mapping[str, Any]) -> str:
+    """Say what the time before the first round and after the last went into."""
+    told = {"Before round 1": "start", "After the last round": "end"}
+    found = {text: phases_around(summary, when) for text, when in told.items()}
+    return " ".join(f"{text} {largest(seconds)}." for text, seconds in found.items() if seconds)
 
 
 def _facts(history: History) -> dict[str, str]:

@@ -29,6 +29,9 @@ ROUND_PHASES = (
 """
 
 
+_SHOWN = 4
+
+
 class Phases:
     """A stopwatch that never stops: each stretch of time is named when it is over.
 
@@ -56,6 +59,19 @@ class Phases:
 def process_began() -> float:
     """Return when this process was started, in Unix seconds."""
     return psutil.Process().create_time()
+
+
+def phases_around(summary: Mapping[str, Any], when: str) -> dict[str, float]:
+    """Return the seconds of each phase before the rounds (`start`) or after them (`end`)."""
+    keys = [key for key in summary if key.startswith(f"{when}/") and key.endswith("_seconds")]
+    return {key[len(when) + 1 : -len("_seconds")]: float(summary[key]) for key in keys}
+
+
+def largest(seconds: Mapping[str, float]) -> str:
+    """Say how long all phases took, and which took longest."""
+    names = sorted(seconds, key=lambda phase: -seconds[phase])[:_SHOWN]
+    parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in names)
+    return f"{sum(seconds.values()):.1f} s: {parts}"
 
 
 def phases_of(row: Mapping[str, Any]) -> dict[str, float]:

@@ -14,11 +14,15 @@ from typing import Any
 from fomoe_flwr.config import find_run, read_settings
 from fomoe_flwr.run.directory import RunDirectory, checkpoint_name, stored_rounds
 from fomoe_flwr.run.heartbeat import BEAT_SECONDS
-from fomoe_flwr.run.phases import phases_of
+from fomoe_flwr.run.phases import largest, phases_around, phases_of
 from fomoe_flwr.run.turnout import turnout
 
 _RECENT_ROUNDS = 10
-_SHOWN_PHASES = 4
+_PHASES = {
+    "start": "start_seconds",
+    "last round": "last_round_seconds",
+    "end": "end_seconds",
+}
 _SILENT_SECONDS = 6 * BEAT_SECONDS
 """Without a heartbeat for so long, a run that says it runs is taken for dead."""
 
@@ -50,7 +54,9 @@ def run_status(path: Path, now: float | None = None) -> dict[str, Any]:
         "seconds_since_heartbeat": silent,
         "seconds_left": left * statistics.median(seconds) if seconds and left and is_on else None,
         "eval/loss": next((r["eval/loss"] for r in reversed(rows) if "eval/loss" in r), None),
+        "start_seconds": phases_around(summary, "start"),
         "last_round_seconds": phases_of(rows[-1]) if rows else {},
+        "end_seconds": phases_around(summary, "end"),
         "awaited": [
             {"worker": each["worker"], "for": each["for"], "seconds": now - each["since"]}
             for each in (beat.get("awaited", []) if state == "running" else [])
@@ -100,10 +106,9 @@ def show_status(status: Mapping[str, Any]) -> str:
             f"waits for    {what} of worker {each['worker']}, for {_duration(each['seconds'])}"
         )
     lines += [f"took part    {line}" for line in _took_part(status)]
-    if seconds := status["last_round_seconds"]:
-        large = sorted(seconds, key=lambda phase: -seconds[phase])[:_SHOWN_PHASES]
-        parts = ", ".join(f"{phase} {seconds[phase]:.1f}" for phase in large)
-        lines.append(f"last round   {sum(seconds.values()):.1f} s: {parts}")
+    for name, key in _PHASES.items():
+        if seconds := status[key]:
+            lines.append(f"{name:<12} {largest(seconds)}")
     lines.append(
         f"sent         {_mib(status['bytes_up'])} up, {_mib(status['bytes_down'])} down, "
         f"{status['late_replies']} replies too late"

@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> RunDirectory:
     run.append_metrics(row(4, 0, 2, w1="no node plays this worker"))
     (run.checkpoints / "round-000004").mkdir(parents=True)
     (run.checkpoints / "round-000004" / "weights").write_bytes(b"x" * 2**20)
-    run.write_summary({"status": "running"})
+    run.write_summary({"status": "running", "start/import_seconds": 6.0, "start/text_seconds": 1.5})
     beat(run, 5.0)
     return run
 
@@ -77,6 +77,7 @@ def test_a_running_run_says_where_it_is_and_who_is_missing(run: RunDirectory) ->
         "took part    all others in every round",
         "took part    worker 1 in 2 of 4 rounds, not in the others mostly because: no reply before "
         "the round's deadline",
+        "start        7.5 s: import 6.0, text 1.5",
         "last round   20.0 s: receive 18.0, eval 2.0",
         "sent         4.0 MiB up, 8.0 MiB down, 4 replies too late",
         "disk         1.0 MiB: checkpoints 1.0 MiB",
