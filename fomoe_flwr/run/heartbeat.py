@@ -17,6 +17,8 @@ from fomoe_flwr.errors import RunError
 from fomoe_flwr.files import save_json
 
 BEAT_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+"""How soon a change of those who are waited for is written down."""
 
 
 class BusyRunError(RunError):
@@ -39,7 +41,9 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._hold: IO[str] | None = None
         self.awaited: Callable[[], list[dict[str, Any]]] = list
-        """Tells whom the process waits for."""
+        """Tells whom the process waits for: `worker`, `for` what, `since` when (Unix seconds)."""
+        self._told: list[dict[str, Any]] = []
+        self._written = 0.0
 
     def __enter__(self) -> Heartbeat:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,12 +80,15 @@ class Heartbeat:
         self._write()
 
     def _beat(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                self._write()
+        while not self._stop.wait(_LOOK_SECONDS):
+            is_news = _names(self.awaited()) != _names(self._told)
+            if is_news or time.monotonic() - self._written >= BEAT_SECONDS:
+                with contextlib.suppress(OSError):
+                    self._write()
 
     def _write(self) -> None:
         with self._writing:
+            self._told, self._written = self.awaited(), time.monotonic()
             save_json(
                 {
                     "time": time.time(),
@@ -89,7 +96,11 @@ class Heartbeat:
                     "pid": os.getpid(),
                     "phase": self._phase,
                     "round": self._round,
-                    "awaited": self.awaited(),
+                    "awaited": self._told,
                 },
                 self.path,
             )
+
+
+def _names(awaited: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(each["worker"], each["for"]) for each in awaited]

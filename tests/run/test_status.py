@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from fomoe_flwr.cli.main import main
 from fomoe_flwr.config import load_settings
 from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.heartbeat import Heartbeat
 from fomoe_flwr.run.status import run_status, show_status
 from fomoe_flwr.run.turnout import Turnout, turnout
 
@@ -99,6 +102,24 @@ def test_a_round_says_whom_it_waits_for(run: RunDirectory) -> None:
     lines = show_status(status).splitlines()
     assert "waits for    the reply of worker 1, for 4.2 min" in lines
     assert "waits for    a node of worker 2, for 30 s" in lines
+
+
+def test_the_heartbeat_says_soon_whom_the_process_waits_for(tmp_path: Path) -> None:
+    path = tmp_path / "heartbeat.json"
+
+    def told() -> list[int]:
+        return [each["worker"] for each in json.loads(path.read_text("utf-8"))["awaited"]]
+
+    with Heartbeat(path) as heartbeat:
+        for workers in ([1, 2], [2], []):
+            found = [{"worker": each, "for": "reply", "since": NOW} for each in workers]
+            heartbeat.awaited = partial(list, found)
+            deadline = time.monotonic() + 20
+            while told() != workers:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        heartbeat.awaited = partial(list, [{"worker": 1, "for": "reply", "since": NOW}])
+    assert told() == []
 
 
 @pytest.mark.parametrize("state", ["completed", "failed", "silent"])
