@@ -1,0 +1,81 @@
+"""A link between a node and the SuperLink that can be slowed down and cut."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+
+_CHUNK = 4096
+
+
+class LossyLink:
+    """Passes TCP connections on from a port of this machine; what it passes may be encrypted."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.target = target
+        self.sent_bytes = 0
+        """What went from the node to the SuperLink."""
+        self.bytes_per_second = 0.0
+        """Speed towards the SuperLink; 0 is as fast as it goes."""
+        self.is_cut = False
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._open: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """End all connections and let none through."""
+        self.is_cut = True
+        for each in list(self._open):
+            _end(each)
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self.is_cut = False
+
+    def close(self) -> None:
+        """End everything."""
+        self.cut()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.is_cut:
+                _end(near)
+                continue
+            try:
+                far = socket.create_connection(self.target, timeout=5)
+            except OSError:
+                _end(near)
+                continue
+            far.settimeout(None)
+            self._open |= {near, far}
+            for source, sink, is_up in ((near, far, True), (far, near, False)):
+                threading.Thread(target=self._pass, args=(source, sink, is_up), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, is_up: bool) -> None:
+        try:
+            while data := source.recv(_CHUNK):
+                if is_up:
+                    self.sent_bytes += len(data)
+                    if self.bytes_per_second:
+                        time.sleep(len(data) / self.bytes_per_second)
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            _end(source)
+            _end(sink)
+            self._open -= {source, sink}
+
+
+def _end(each: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        each.shutdown(socket.SHUT_RDWR)
+    each.close()
