@@ -19,26 +19,27 @@ class LossyLink:
         """What went from the node to the SuperLink."""
         self.bytes_per_second = 0.0
         """Speed towards the SuperLink; 0 is as fast as it goes."""
-        self.is_cut = False
+        self._is_whole = threading.Event()
+        self._is_whole.set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """End all connections and let none through."""
-        self.is_cut = True
-        for each in list(self._open):
-            _end(each)
+        """Let nothing through; nobody is told."""
+        self._is_whole.clear()
 
     def mend(self) -> None:
-        """Let connections through again."""
-        self.is_cut = False
+        """Go on where the link was cut."""
+        self._is_whole.set()
 
     def close(self) -> None:
         """End everything."""
-        self.cut()
         self._listener.close()
+        for each in list(self._open):
+            _end(each)
+        self.mend()
 
     def _accept(self) -> None:
         while True:
@@ -46,9 +47,7 @@ class LossyLink:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            if self.is_cut:
-                _end(near)
-                continue
+            self._is_whole.wait()
             try:
                 far = socket.create_connection(self.target, timeout=5)
             except OSError:
@@ -66,6 +65,7 @@ class LossyLink:
                     self.sent_bytes += len(data)
                     if self.bytes_per_second:
                         time.sleep(len(data) / self.bytes_per_second)
+                self._is_whole.wait()
                 sink.sendall(data)
         except OSError:
             pass

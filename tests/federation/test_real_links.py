@@ -127,8 +127,8 @@ def test_a_site_that_dies_in_its_upload_does_not_hold_the_round(
 
 def test_a_site_that_was_killed_takes_part_again_as_soon_as_it_is_back(trial: Trial) -> None:
     trial.keep()
-    limits = ["federation.grace_seconds=2", "federation.round_timeout_seconds=90", "rounds=45"]
-    submission = trial.begin(*limits, "checkpoint.every=50", "eval.every=50")
+    limits = ["federation.grace_seconds=15", "federation.round_timeout_seconds=90", "rounds=12"]
+    submission = trial.begin(*limits)
     trial.wait_for(lambda: len(trial.rows()) == 2)
     trial.kill_bad_node()
     submission.join(timeout=600)
