@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from fomoe_flwr.federation.seats import POLL_SECONDS
 _LATE_POLL_SECONDS = 1.0
 _SWEEP_SECONDS = 10.0
 """Before its deadline a round takes replies as they come: the first in order may be missing."""
+
+_ARRIVAL_SECONDS = 30.0
+"""How long a reply that is announced may take once its node works on something else."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Waiting:
     """Message id -> task of this round, in worker order, until its reply is there."""
     _late: dict[str, OutTask] = field(default_factory=dict)
     """The same of rounds before."""
-    _hopeless: dict[str, str] = field(default_factory=dict)
-    """Message id -> why no reply can come."""
+    _hopeless: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """Message id -> why no further part of a reply can come, and since when."""
     _latecomers: list[int] = field(default_factory=list)
     _looked: float = 0.0
 
@@ -77,9 +81,9 @@ class Waiting:
                     yield reply
                     break
                 else:
-                    if message_id in self._hopeless and not grid.is_arriving(message_id):
+                    if self._is_hopeless(message_id, grid):
                         worker = self._out.pop(message_id).worker
-                        record.failures[worker] = self._hopeless.pop(message_id)
+                        record.failures[worker], _ = self._hopeless.pop(message_id)
                         num_done += 1
             if not num_done:
                 meet()
@@ -94,7 +98,13 @@ class Waiting:
         """Wait no longer for tasks of which `why` gives a reason; an empty one means: wait on."""
         for message_id, task in [*self._out.items(), *self._late.items()]:
             if reason := why(task):
-                self._hopeless.setdefault(message_id, reason)
+                self._hopeless.setdefault(message_id, (reason, time.monotonic()))
+
+    def _is_hopeless(self, message_id: str, grid: NodeGrid) -> bool:
+        """Whether no reply will come; one that is on its way gets time to arrive."""
+        _, since = self._hopeless.get(message_id, ("", math.inf))
+        patience = _ARRIVAL_SECONDS if grid.is_arriving(message_id) else 0.0
+        return time.monotonic() >= since + patience
 
     def drop_late(self, grid: NodeGrid) -> None:
         """Pull replies to tasks of closed rounds, note whose they are, and drop them."""
@@ -111,7 +121,7 @@ class Waiting:
                     )
                 break
             else:
-                if message_id in self._hopeless and not grid.is_arriving(message_id):
+                if self._is_hopeless(message_id, grid):
                     del self._late[message_id]
         self._hopeless = {i: why for i, why in self._hopeless.items() if i in self._late}
 

@@ -21,33 +21,38 @@ class LossyLink:
         """Speed towards the SuperLink; 0 is as fast as it goes."""
         self._is_whole = threading.Event()
         self._is_whole.set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
         self._open: set[socket.socket] = set()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.port = 0
+        self._listen()
 
     def cut(self) -> None:
-        """Let nothing through; nobody is told."""
+        """Let nothing through, and take no new connection."""
         self._is_whole.clear()
+        _end(self._listener)  # closing alone would not wake who waits for a connection
 
     def mend(self) -> None:
         """Go on where the link was cut."""
+        self._listen()
         self._is_whole.set()
 
     def close(self) -> None:
         """End everything."""
-        self._listener.close()
+        _end(self._listener)
         for each in list(self._open):
             _end(each)
-        self.mend()
+        self._is_whole.set()
 
-    def _accept(self) -> None:
+    def _listen(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                near, _ = self._listener.accept()
+                near, _ = listener.accept()
             except OSError:
                 return
-            self._is_whole.wait()
             try:
                 far = socket.create_connection(self.target, timeout=5)
             except OSError:

@@ -12,7 +12,7 @@ from federated import Federation, use_made_up_data, use_no_training
 from flower_grid import FIRST_NODE, FlowerGrid
 from micro import micro
 
-from fomoe_flwr.federation import node_grid
+from fomoe_flwr.federation import node_grid, waiting
 
 BAD = 1
 OFFLINE = 2.0
@@ -28,6 +28,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     use_no_training(monkeypatch)
     monkeypatch.setattr(node_grid, "_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(node_grid, "_PULL_SECONDS", 0.2)
+    monkeypatch.setattr(waiting, "_ARRIVAL_SECONDS", 0.5)
 
 
 def later(seconds: float, act: Callable[[], None]) -> None:
@@ -55,6 +56,13 @@ def dies_before_its_reply(grid: FlowerGrid) -> None:
 
 def dies_in_its_upload(grid: FlowerGrid) -> None:
     grid.worker(BAD).upload_seconds = 60
+
+
+def dies_in_its_upload_and_returns(grid: FlowerGrid) -> None:
+    dies_in_its_upload(grid)
+    later(0.4, lambda: grid.kill(BAD))
+    later(0.6, lambda: grid.start(BAD))
+    later(0.6, lambda: setattr(grid.worker(BAD), "upload_seconds", 0))
 
 
 def uploads_slowly(grid: FlowerGrid) -> None:
@@ -94,6 +102,7 @@ def is_started_anew_unseen(grid: FlowerGrid) -> None:
 KINDS = {
     dies_before_its_reply: (OFFLINE, GONE, "no node plays this worker"),
     dies_in_its_upload: (TIMEOUT, LATE, "still at its task of round 1"),
+    dies_in_its_upload_and_returns: (1.1, LOST, ""),
     uploads_slowly: (0.8, "", ""),
     works_long: (0.8, "", ""),
     loses_its_network: (1.6, "", ""),
