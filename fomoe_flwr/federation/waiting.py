@@ -123,7 +123,8 @@ class Waiting:
             else:
                 if self._is_hopeless(message_id, grid):
                     del self._late[message_id]
-        self._hopeless = {i: why for i, why in self._hopeless.items() if i in self._late}
+        still_out = {**self._late, **self._out}
+        self._hopeless = {i: why for i, why in self._hopeless.items() if i in still_out}
 
     def take_latecomers(self) -> list[int]:
         """Return the workers whose late replies came since the last call."""
