@@ -282,6 +282,8 @@ class FederationSettings:
     grace_seconds: float = number(0, at_least=0)
     """How long a round waits for the others once `min_workers` have replied; 0: to its timeout.
     With a grace period replies are folded as they come, not in worker order."""
+    offline_seconds: float = number(300, at_least=0)
+    """How long a round waits for a node that is out of touch; what it sends until then counts."""
     node_wait_seconds: float = number(30, at_least=0)
     """How long the server waits for nodes before the first round."""
 

@@ -13,11 +13,11 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fomoe_flwr.errors import reason_of
+from fomoe_flwr.federation.node_grid import NodeGrid
 
 _CLIENT_APP_RAISED = 2
 """Flower's own code for an exception in a ClientApp."""
@@ -25,7 +25,7 @@ _SERVER_NODE_ID = 1
 _RUN_ID = 1
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(NodeGrid):
     """Drive a ClientApp directly, with one Flower Context per node."""
 
     def __init__(self, client_app: ClientApp, num_nodes: int, state_dir: Path) -> None:

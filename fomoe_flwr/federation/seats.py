@@ -3,6 +3,9 @@
 Node ids are random and the server sees no node's configuration, so a node is asked (a query) which
 worker it plays. The query also hands it the run's tokenizer and lets it prepare its text. In the
 middle of a run the server waits for no answer: it collects those that have come.
+
+A node that comes back is asked again. It works on one message after another, so its answer also
+says that it is not at an earlier task any more.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
-from flwr.serverapp import Grid
 
 from fomoe_flwr import __version__
 from fomoe_flwr.config import Settings
 from fomoe_flwr.errors import one_line
 from fomoe_flwr.federation import wire
+from fomoe_flwr.federation.node_grid import NodeGrid
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.model.state import StateSpec
 
@@ -48,12 +51,13 @@ class Seats:
         """Memory of every worker as its node last reported it, with `layout.capacity_reported`."""
         self._refused: dict[int, str] = {}
         self._asked: dict[str, int] = {}
+        self._activations: dict[int, str] = {}
 
     def node_of_worker(self) -> dict[int, int]:
         """Return {worker: node} for every worker that has one."""
         return {worker: node for node, worker in self.worker_of_node.items()}
 
-    def gather(self, grid: Grid) -> None:
+    def gather(self, grid: NodeGrid) -> None:
         """Seat nodes until every worker has one, or no further answer is to be expected."""
         limits = self.settings.federation
         started = time.monotonic()
@@ -68,28 +72,32 @@ class Seats:
                 return
             time.sleep(POLL_SECONDS)
 
-    def meet(self, grid: Grid) -> None:
-        """Ask new nodes which worker they play, and seat those that have answered."""
-        alive = set(grid.get_node_ids())
+    def meet(self, grid: NodeGrid) -> list[int]:
+        """Ask new nodes which worker they play; seat those that have answered, and return them."""
+        before, self._activations = self._activations, grid.activations()
+        alive = {n for n, since in self._activations.items() if before.get(n, since) == since}
         if {*self.worker_of_node, *self._refused} - alive:
             # A node left: its seat is free for one that was refused, or it may return repaired.
             self._refused.clear()
         self.worker_of_node = {n: w for n, w in self.worker_of_node.items() if n in alive}
         self._asked = {i: n for i, n in self._asked.items() if n in alive}
         known = {*self.worker_of_node, *self._refused, *self._asked.values()}
-        strangers = sorted(alive - known)
+        strangers = sorted(set(self._activations) - known)
         if strangers and self.missing_workers():
             self._asked |= self._query(grid, strangers)
+        seated = []
         for message_id, node in list(self._asked.items()):
             for reply in grid.pull_messages([message_id]):
                 del self._asked[message_id]
                 try:
                     self._seat(node, reply)
+                    seated.append(node)
                 except WireError as error:
                     self._refused[node] = one_line(error)
                     log(WARNING, "node %s cannot take part: %s", node, self._refused[node])
+        return seated
 
-    def _query(self, grid: Grid, nodes: list[int]) -> dict[str, int]:
+    def _query(self, grid: NodeGrid, nodes: list[int]) -> dict[str, int]:
         setup = {
             "version": __version__,
             "settings": self.settings.to_dict(),
@@ -142,7 +150,7 @@ class Seats:
         )
 
 
-def push(grid: Grid, messages: list[Message]) -> dict[str, int]:
+def push(grid: NodeGrid, messages: list[Message]) -> dict[str, int]:
     """Push messages and return {message id: node}, without those that the grid did not take."""
     taken = set(grid.push_messages(messages))
     nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}

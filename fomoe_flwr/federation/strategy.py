@@ -12,8 +12,12 @@ Nothing is evaluated, saved or printed here. The server does that in `on_round`.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from logging import INFO, WARNING
 from typing import Any
 
@@ -30,12 +34,13 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.errors import RunError, one_line
 from fomoe_flwr.federation.accounting import open_ledger
 from fomoe_flwr.federation.layouts import Layouts
+from fomoe_flwr.federation.node_grid import NodeGrid, PatientGrid, node_grid
 from fomoe_flwr.federation.replies import ReplyReader
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.round_state import RoundState
 from fomoe_flwr.federation.seats import POLL_SECONDS, RunIdentity, Seats, push
 from fomoe_flwr.federation.tasks import TaskWriter
-from fomoe_flwr.federation.waiting import Waiting
+from fomoe_flwr.federation.waiting import OutTask, Waiting
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.model.state import StateSpec
 
@@ -134,10 +139,11 @@ class FoMoEStrategy(Strategy):
         log(INFO, "Starting the rounds:")
         self.summary()
         last = self.settings.rounds if num_rounds is None else num_rounds
-        self.seats.gather(grid)
+        nodes = node_grid(grid)
+        self.seats.gather(nodes)
         self._begin()
         for server_round in range(self.first_round, last + 1):
-            metrics = self._run_round(server_round, grid, timeout)
+            metrics = self._run_round(server_round, nodes, timeout)
             if metrics is not None:
                 result.evaluate_metrics_serverapp[server_round] = metrics
         return result
@@ -155,15 +161,51 @@ class FoMoEStrategy(Strategy):
         self.layouts.learn_room()
 
     def _run_round(
-        self, server_round: int, grid: Grid, timeout: float | None
+        self, server_round: int, grid: NodeGrid, timeout: float | None
     ) -> MetricRecord | None:
         patience = timeout or self.settings.federation.round_timeout_seconds
         tasks = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         started, record = time.monotonic(), self._round
         self._send(tasks, grid)
-        replies = self._waiting.replies(grid, record, started + patience)
+        replies = self._waiting.replies(grid, record, started + patience, partial(self._meet, grid))
         self.aggregate_train(server_round, replies)
-        return self.on_round(record)
+        with self._meeting(grid):
+            return self.on_round(record)
+
+    @contextmanager
+    def _meeting(self, grid: NodeGrid) -> Iterator[None]:
+        """Meet nodes beside other work, so that a new one takes part in the next round."""
+        if not isinstance(grid, PatientGrid):
+            yield  # Its nodes work in this process, when they are asked.
+            return
+        is_done = threading.Event()
+
+        def meet() -> None:
+            while not is_done.wait(POLL_SECONDS):
+                self._meet(grid)
+
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(meet)
+            try:
+                yield
+            finally:
+                is_done.set()
+        beside.result()
+
+    def _meet(self, grid: NodeGrid) -> None:
+        """Look who is there; give up tasks that nobody works on any more."""
+        back = set(self.seats.meet(grid))
+        limit = self.settings.federation.offline_seconds
+
+        def why(task: OutTask) -> str:
+            if task.node in back:
+                return "its node came back without this task"
+            if grid.silent_seconds(task.node) > limit:
+                return f"its node is out of touch for federation.offline_seconds={limit:g}"
+            return ""
+
+        self._waiting.give_up(why)
+        self._waiting.forget(self.seats.node_of_worker())
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -174,22 +216,28 @@ class FoMoEStrategy(Strategy):
         late and return it late, too.
         """
         del arrays, config
-        nodes = self._gather_free(grid)
+        nodes = self._gather_free(node_grid(grid))
         started = time.monotonic()
+        seated = self.seats.node_of_worker()
         busy, latecomers = self._waiting.busy(), self._waiting.take_latecomers()
         attendance = self.round_state.attendance
         attendance.welcome(latecomers)
         attendance.ensure_quorum(
-            server_round, nodes.keys(), busy.keys(), self.settings.federation.min_workers
+            server_round,
+            nodes.keys(),
+            seated.keys() & busy.keys(),
+            self.settings.federation.min_workers,
         )
-        record = self._round = self.layouts.open_round(server_round, {*nodes, *busy})
+        record = self._round = self.layouts.open_round(server_round, seated.keys())
         record.started = started
         record.late_replies = len(latecomers)
         for worker in record.absent:
             record.failures[worker] = "away after too many missed rounds"
         for worker in range(self.settings.layout.num_workers):
-            if worker in busy:
+            if worker in busy and worker in seated:
                 record.failures[worker] = f"still at its task of round {busy[worker]}"
+            elif worker in busy:
+                record.failures[worker] = f"out of touch since its task of round {busy[worker]}"
             elif worker not in nodes:
                 record.failures[worker] = "no node plays this worker"
         tasks = self._tasks.write(
@@ -202,22 +250,20 @@ class FoMoEStrategy(Strategy):
         record.configure_seconds = time.monotonic() - started
         return tasks
 
-    def _gather_free(self, grid: Grid) -> dict[int, int]:
+    def _gather_free(self, grid: NodeGrid) -> dict[int, int]:
         """Return {worker: node} of the workers without a task; wait until they are enough."""
         limits = self.settings.federation
         deadline = time.monotonic() + limits.round_timeout_seconds
         while True:
-            before = self.seats.node_of_worker()
-            self.seats.meet(grid)
-            nodes = self.seats.node_of_worker()
-            self._waiting.forget(w for w, node in before.items() if nodes.get(w) != node)
+            self._meet(grid)
             self._waiting.drop_late(grid)
-            free = {w: n for w, n in nodes.items() if w not in self._waiting.busy()}
+            busy = self._waiting.busy()
+            free = {w: n for w, n in self.seats.node_of_worker().items() if w not in busy}
             if len(free) >= limits.min_workers or time.monotonic() >= deadline:
                 return free
             time.sleep(POLL_SECONDS)
 
-    def _send(self, tasks: Iterable[Message], grid: Grid) -> None:
+    def _send(self, tasks: Iterable[Message], grid: NodeGrid) -> None:
         started, record = time.monotonic(), self._round
         sent: dict[str, int] = {}
         # One at a time, so that the experts of two workers are never in memory together.
@@ -225,7 +271,10 @@ class FoMoEStrategy(Strategy):
             record.down.add(task.content)
             sent |= push(grid, [task])
             del task
-        self._waiting.begin({i: self.seats.worker_of_node[node] for i, node in sent.items()})
+        worker_of = self.seats.worker_of_node
+        self._waiting.begin(
+            {i: OutTask(worker_of[node], node, record.server_round) for i, node in sent.items()}
+        )
         record.send_seconds = time.monotonic() - started
 
     def aggregate_train(

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import INFO
 
 from flwr.app import Message
 from flwr.common.logger import log
-from flwr.serverapp import Grid
 
 from fomoe_flwr.config import FederationSettings
+from fomoe_flwr.federation.node_grid import NodeGrid
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.seats import POLL_SECONDS
 
 _LATE_POLL_SECONDS = 1.0
+_SWEEP_SECONDS = 10.0
+"""Before its deadline a round takes replies as they come: the first in order may be missing."""
+
+_ARRIVAL_SECONDS = 30.0
+"""How long a reply that is announced may take once its node works on something else."""
+
+
+@dataclass(frozen=True)
+class OutTask:
+    """A task that was sent and not answered."""
+
+    worker: int
+    node: int
+    server_round: int
 
 
 @dataclass
@@ -25,55 +40,91 @@ class Waiting:
     limits: FederationSettings
     sent: dict[str, int] = field(default_factory=dict)
     """Message id -> worker, of this round."""
-    _late: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Message id -> (worker, round)."""
+    _out: dict[str, OutTask] = field(default_factory=dict)
+    """Message id -> task of this round, in worker order, until its reply is there."""
+    _late: dict[str, OutTask] = field(default_factory=dict)
+    """The same of rounds before."""
+    _hopeless: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """Message id -> why no further part of a reply can come, and since when."""
     _latecomers: list[int] = field(default_factory=list)
     _looked: float = 0.0
 
-    def begin(self, sent: Mapping[str, int]) -> None:
+    def begin(self, tasks: Mapping[str, OutTask]) -> None:
         """Take the tasks of a new round."""
-        self.sent = dict(sorted(sent.items(), key=lambda item: item[1]))
+        self._out = dict(sorted(tasks.items(), key=lambda item: item[1].worker))
+        self.sent = {message_id: task.worker for message_id, task in self._out.items()}
 
-    def replies(self, grid: Grid, record: RoundRecord, deadline: float) -> Iterator[Message]:
+    def replies(
+        self, grid: NodeGrid, record: RoundRecord, deadline: float, meet: Callable[[], None]
+    ) -> Iterator[Message]:
         """Yield replies, one in memory at a time, until the round closes.
 
         It closes when everybody has answered, at `deadline` (monotonic seconds), or
         `federation.grace_seconds` after `federation.min_workers` replies were folded. Without a
-        grace period replies are yielded in worker order, whoever was first. With one they are
-        yielded as they come, so that the server learns when the quorum is there.
+        grace period replies are yielded in worker order, whoever was first, until shortly before
+        the deadline. With one they are yielded as they come, so that the server learns when the
+        quorum is there. `meet` is called while nothing arrives: nodes come and go.
         """
-        waiting, in_order = dict(self.sent), not self.limits.grace_seconds
+        in_order = not self.limits.grace_seconds
+        sweep = deadline - min(_SWEEP_SECONDS, self.limits.round_timeout_seconds / 10)
         is_over = False
-        while waiting and not is_over:
-            # At the deadline all are asked once more: the last in order may have answered long ago.
+        while self._out and not is_over:
             is_over = time.monotonic() >= deadline
-            num_arrived = 0
-            for message_id in list(waiting)[: 1 if in_order and not is_over else None]:
+            only_first = in_order and time.monotonic() < sweep
+            num_done = 0
+            for message_id in list(self._out)[: 1 if only_first else None]:
                 started = time.monotonic()
                 for reply in grid.pull_messages([message_id]):
                     record.receive_seconds += time.monotonic() - started
-                    del waiting[message_id]
-                    num_arrived += 1
+                    del self._out[message_id]
+                    num_done += 1
                     yield reply
                     break
-            if not num_arrived:
+                else:
+                    if self._is_hopeless(message_id, grid):
+                        worker = self._out.pop(message_id).worker
+                        record.failures[worker], _ = self._hopeless.pop(message_id)
+                        num_done += 1
+            if not num_done:
+                meet()
                 self.drop_late(grid)
                 time.sleep(POLL_SECONDS)
             if not in_order and len(record.replies) >= self.limits.min_workers:
                 deadline = min(deadline, time.monotonic() + self.limits.grace_seconds)
-        self._late |= {i: (worker, record.server_round) for i, worker in waiting.items()}
+        self._late |= self._out
+        self._out = {}
 
-    def drop_late(self, grid: Grid) -> None:
+    def give_up(self, why: Callable[[OutTask], str]) -> None:
+        """Wait no longer for tasks of which `why` gives a reason; an empty one means: wait on."""
+        for message_id, task in [*self._out.items(), *self._late.items()]:
+            if reason := why(task):
+                self._hopeless.setdefault(message_id, (reason, time.monotonic()))
+
+    def _is_hopeless(self, message_id: str, grid: NodeGrid) -> bool:
+        """Whether no reply will come; one that is on its way gets time to arrive."""
+        _, since = self._hopeless.get(message_id, ("", math.inf))
+        patience = _ARRIVAL_SECONDS if grid.is_arriving(message_id) else 0.0
+        return time.monotonic() >= since + patience
+
+    def drop_late(self, grid: NodeGrid) -> None:
         """Pull replies to tasks of closed rounds, note whose they are, and drop them."""
         if time.monotonic() - self._looked < _LATE_POLL_SECONDS:
             return
         self._looked = time.monotonic()
-        for message_id, (worker, server_round) in list(self._late.items()):
+        for message_id, task in list(self._late.items()):
             for reply in grid.pull_messages([message_id]):
                 del self._late[message_id]
                 if reply.has_content():
-                    self._latecomers.append(worker)
-                    log(INFO, "worker %s answered round %s too late", worker, server_round)
+                    self._latecomers.append(task.worker)
+                    log(
+                        INFO, "worker %s answered round %s too late", task.worker, task.server_round
+                    )
+                break
+            else:
+                if self._is_hopeless(message_id, grid):
+                    del self._late[message_id]
+        still_out = {**self._late, **self._out}
+        self._hopeless = {i: why for i, why in self._hopeless.items() if i in still_out}
 
     def take_latecomers(self) -> list[int]:
         """Return the workers whose late replies came since the last call."""
@@ -82,9 +133,12 @@ class Waiting:
 
     def busy(self) -> dict[int, int]:
         """Return {worker: round} of the tasks that are still out from rounds before."""
-        return dict(self._late.values())
+        return {task.worker: task.server_round for task in self._late.values()}
 
-    def forget(self, workers: Iterable[int]) -> None:
-        """Stop waiting for late replies of these workers: other nodes play them now."""
-        gone = set(workers)
-        self._late = {i: late for i, late in self._late.items() if late[0] not in gone}
+    def forget(self, seated: Mapping[int, int]) -> None:
+        """Drop late tasks of workers that other nodes play now; `seated` is {worker: node}."""
+        self._late = {
+            i: task
+            for i, task in self._late.items()
+            if seated.get(task.worker, task.node) == task.node
+        }
