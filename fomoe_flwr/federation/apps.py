@@ -37,10 +37,10 @@ def main(grid: Grid, context: Context) -> None:
 @client_app.query()
 def query(message: Message, context: Context) -> Message:
     """Get ready for a run and say which worker this node plays."""
-    return Message(answer("query", message.content, context), reply_to=message)
+    return Message(answer("query", message, context), reply_to=message)
 
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
-    return Message(answer("train", message.content, context), reply_to=message)
+    return Message(answer("train", message, context), reply_to=message)
