@@ -19,15 +19,16 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 import fomoe_flwr
-from fomoe_flwr.errors import RunError, one_line
+from fomoe_flwr.errors import RunError, one_line, reason_of
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
 from fomoe_flwr.federation.warm.frames import (
@@ -48,6 +49,10 @@ from fomoe_flwr.federation.warm.handshake import (
     peer_pid,
 )
 
+CLIENT_APP_RAISED = 2
+"""Flower's own code for an exception in a ClientApp."""
+IN_PROCESS = "in-process"
+"""Key of the node configuration of nodes that are in the server's process."""
 START_SECONDS = 60.0
 """How long a worker may take until it listens, whether we or a supervisor started it."""
 IDLE_SECONDS = 1800
@@ -70,8 +75,23 @@ class TaskFailedError(RunError):
     """A task that the warm worker could not do; the text is its reason."""
 
 
-def answer(kind: str, message: Message, context: Context) -> RecordDict:
-    """Answer a message of this kind (`query`, `train`): by the warm worker, or right here."""
+def reply(kind: str, message: Message, context: Context) -> Message:
+    """Answer a message of this kind (`query`, `train`); of an error, with its reason.
+
+    Left to Flower, the reason would be an error's class or a traceback. Raises OSError in the
+    server's process, which cannot go on without its disk either.
+    """
+    try:
+        return Message(_answer(kind, message, context), reply_to=message)
+    except Exception as error:
+        if isinstance(error, OSError) and context.node_config.get(IN_PROCESS):
+            raise
+        if not isinstance(error, ValueError | RunError):
+            traceback.print_exc()
+        return Message(Error(CLIENT_APP_RAISED, reason_of(error)), reply_to=message)
+
+
+def _answer(kind: str, message: Message, context: Context) -> RecordDict:
     content = message.content
     if context.node_config.get("worker-dir"):
         return hand_over(kind, content, context, message.metadata.ttl)
