@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from fomoe_flwr.data import DataError
 from fomoe_flwr.federation import wire
@@ -18,6 +19,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/x")
 
 
 def task() -> Message:
+    for name in ("run_id", "task_id", "node_id"):  # As Flower does in a ClientApp's process.
+        setattr(TaskIdentity, name, 1)
     message = Message(RecordDict(), 1, "train")
     message.metadata.__dict__["_message_id"] = "1"
     return message
