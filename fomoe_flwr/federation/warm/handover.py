@@ -94,7 +94,9 @@ def reply(kind: str, message: Message, context: Context) -> Message:
 def _answer(kind: str, message: Message, context: Context) -> RecordDict:
     content = message.content
     if context.node_config.get("worker-dir"):
-        return hand_over(kind, content, context, message.metadata.ttl)
+        # What a query prepares serves the next run, too, however long it takes.
+        limit = message.metadata.ttl if kind == "train" else math.inf
+        return hand_over(kind, content, context, limit)
     from fomoe_flwr.federation.client import ANSWERS
 
     return ANSWERS[kind](content, context)
