@@ -42,14 +42,12 @@ def refusal(error: OSError) -> str:
 
 def reason_of(error: BaseException) -> str:
     """Say in one line what went wrong; only a fault of the program is named after its class."""
-    if isinstance(error, InputError | RunError) and str(error):
-        return one_line(error)
     if isinstance(error, OSError):
         return refusal(error)
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return "interrupted: it was told to end"
     text = one_line(error)
-    if type(error) in (ValueError, RuntimeError) and text:
+    if isinstance(error, ValueError | RuntimeError) and text:  # Ours are such, too.
         return text
     return f"a fault in the program ({type(error).__name__}{': ' * bool(text)}{text})"
 

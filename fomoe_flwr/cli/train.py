@@ -79,9 +79,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def exit_status(settings: Settings, done: bool) -> int:
-    """Return the exit status of a run; say where to look if it failed."""
+    """Return the exit status of a run; say why it failed and where to look."""
+    from fomoe_flwr.run.directory import RunDirectory
+
     if not done:
-        reason = f"the run failed, see {settings.output_dir}"
+        summary = RunDirectory(Path(settings.output_dir)).read_summary()
+        why = f": {summary['error']}; see" if summary.get("error") else ", see"
+        reason = f"the run failed{why} {settings.output_dir}"
         print(f"error: {reason}", file=sys.stderr)
         events.tell_if_json("error", reason)
     return 0 if done else 1

@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fomoe_flwr.federation.warm.handover import answer
+from fomoe_flwr.federation.warm.handover import reply
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -37,10 +37,10 @@ def main(grid: Grid, context: Context) -> None:
 @client_app.query()
 def query(message: Message, context: Context) -> Message:
     """Get ready for a run and say which worker this node plays."""
-    return Message(answer("query", message.content, context), reply_to=message)
+    return reply("query", message, context)
 
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
-    return Message(answer("train", message.content, context), reply_to=message)
+    return reply("train", message, context)

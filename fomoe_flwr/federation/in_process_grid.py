@@ -6,7 +6,6 @@ is deterministic to the last bit.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
@@ -18,9 +17,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fomoe_flwr.errors import reason_of
 from fomoe_flwr.federation.node_grid import NodeGrid
+from fomoe_flwr.federation.warm.handover import CLIENT_APP_RAISED, IN_PROCESS
 
-_CLIENT_APP_RAISED = 2
-"""Flower's own code for an exception in a ClientApp."""
 _SERVER_NODE_ID = 1
 _RUN_ID = 1
 
@@ -43,6 +41,7 @@ class InProcessGrid(NodeGrid):
                     "partition-id": index,
                     "num-partitions": num_nodes,
                     "state-dir": str(state_dir),
+                    IN_PROCESS: True,
                 },
                 state=RecordDict(),
                 run_config={},
@@ -106,6 +105,4 @@ class InProcessGrid(NodeGrid):
         except OSError:
             raise  # This is the server's machine too: it cannot go on either.
         except Exception as error:  # an app may raise anything; Flower turns it into a reply too
-            if not isinstance(error, ValueError | RuntimeError):
-                traceback.print_exc()
-            return Message(Error(_CLIENT_APP_RAISED, reason_of(error)), reply_to=message)
+            return Message(Error(CLIENT_APP_RAISED, reason_of(error)), reply_to=message)

@@ -96,6 +96,14 @@ def test_a_worker_that_waits_for_ever_is_replaced_and_one_that_computes_is_not(p
     assert second.poll() is None
 
 
+def test_a_worker_that_is_at_a_task_when_its_round_is_over_is_replaced(post: Post) -> None:
+    process = post.start()
+    with pytest.raises(NoWorkerError, match="still at a task when its round was over"):
+        hand_over("grind", some_content(), post.context(seconds=60), seconds=3.0)
+    assert process.wait(timeout=20) == -signal.SIGKILL
+    assert len(post.lines()) == 1
+
+
 def test_a_task_that_kills_two_workers_is_given_up(post: Post) -> None:
     post.start()
 

@@ -19,15 +19,16 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 import fomoe_flwr
-from fomoe_flwr.errors import RunError, one_line
+from fomoe_flwr.errors import RunError, one_line, reason_of
 from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
 from fomoe_flwr.federation.warm.frames import (
@@ -48,6 +49,10 @@ from fomoe_flwr.federation.warm.handshake import (
     peer_pid,
 )
 
+CLIENT_APP_RAISED = 2
+"""Flower's own code for an exception in a ClientApp."""
+IN_PROCESS = "in-process"
+"""Key of the node configuration of nodes that are in the server's process."""
 START_SECONDS = 60.0
 """How long a worker may take until it listens, whether we or a supervisor started it."""
 IDLE_SECONDS = 1800
@@ -70,18 +75,39 @@ class TaskFailedError(RunError):
     """A task that the warm worker could not do; the text is its reason."""
 
 
-def answer(kind: str, content: RecordDict, context: Context) -> RecordDict:
-    """Answer a message of this kind (`query`, `train`): by the warm worker, or right here."""
+def reply(kind: str, message: Message, context: Context) -> Message:
+    """Answer a message of this kind (`query`, `train`); of an error, with its reason.
+
+    Left to Flower, the reason would be an error's class or a traceback. Raises OSError in the
+    server's process, which cannot go on without its disk either.
+    """
+    try:
+        return Message(_answer(kind, message, context), reply_to=message)
+    except Exception as error:
+        if isinstance(error, OSError) and context.node_config.get(IN_PROCESS):
+            raise
+        if not isinstance(error, ValueError | RunError):
+            traceback.print_exc()
+        return Message(Error(CLIENT_APP_RAISED, reason_of(error)), reply_to=message)
+
+
+def _answer(kind: str, message: Message, context: Context) -> RecordDict:
+    content = message.content
     if context.node_config.get("worker-dir"):
-        return hand_over(kind, content, context)
+        # What a query prepares serves the next run, too, however long it takes.
+        limit = message.metadata.ttl if kind == "train" else math.inf
+        return hand_over(kind, content, context, limit)
     from fomoe_flwr.federation.client import ANSWERS
 
     return ANSWERS[kind](content, context)
 
 
-def hand_over(kind: str, content: RecordDict, context: Context) -> RecordDict:
+def hand_over(
+    kind: str, content: RecordDict, context: Context, seconds: float = math.inf
+) -> RecordDict:
     """Give a task to the node's warm worker and wait for its answer.
 
+    After `seconds` nobody takes the answer. A worker that is still at the task is replaced then.
     Raises NoWorkerError, and TaskFailedError with the worker's reason.
     """
     door = _Door.of(context.node_config)
@@ -93,12 +119,15 @@ def hand_over(kind: str, content: RecordDict, context: Context) -> RecordDict:
         "run_config": context.run_config,
     }
     task = frame_of(content, fields)
+    deadline = time.monotonic() + seconds
     for _ in range(MOST_TRIES):
         with door.enter() as peer:
             try:
-                reply = _exchange(peer, task, door.stuck_seconds)
+                reply = _exchange(peer, task, _Pulse(door.stuck_seconds, deadline))
             except (SilentError, _StuckError) as error:
                 door.end_worker(peer, one_line(error))
+                if time.monotonic() >= deadline:
+                    raise NoWorkerError(f"the warm worker was {error}") from error
                 continue
             except ClosedError:
                 continue
@@ -111,11 +140,11 @@ def hand_over(kind: str, content: RecordDict, context: Context) -> RecordDict:
     )
 
 
-def _exchange(peer: socket.socket, task: Frame, stuck_seconds: float) -> Frame:
+def _exchange(peer: socket.socket, task: Frame, pulse: _Pulse) -> Frame:
     """Wait for our turn, then for the answer, as long as the worker lives and moves."""
-    pulse = _Pulse(stuck_seconds)
     pulse.until_frame(peer)
     send(peer, task)
+    pulse.is_ours = True
     return pulse.until_frame(peer)
 
 
@@ -126,8 +155,11 @@ class _StuckError(FrameError):
 class _Pulse:
     """What a worker's heartbeats tell: how much processor time it and its children have used."""
 
-    def __init__(self, stuck_seconds: float) -> None:
-        self._limit = stuck_seconds
+    is_ours = False
+    """Whether the worker is at our task."""
+
+    def __init__(self, stuck_seconds: float, deadline: float = math.inf) -> None:
+        self._limit, self._deadline = stuck_seconds, deadline
         self._used = -math.inf
         self._since = 0.0
 
@@ -138,6 +170,8 @@ class _Pulse:
         return frame
 
     def _feel(self, used: float, now: float) -> None:
+        if self.is_ours and now >= self._deadline:
+            raise _StuckError("still at a task when its round was over")
         if used - self._used >= _LEAST_SHARE * self._limit or used < self._used:
             self._used, self._since = used, now
         elif self._limit and now - self._since > self._limit:
