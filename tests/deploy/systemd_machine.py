@@ -33,9 +33,14 @@ if [ "$(stat -fc %T /sys/fs/cgroup)" != cgroup2fs ]; then
     umount -l /sys/fs/cgroup
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
 fi
-mkdir -p /sys/fs/cgroup/fomoe-$$
-echo $$ > /sys/fs/cgroup/fomoe-$$/cgroup.procs
-exec systemd-nspawn --quiet --register=no --keep-unit --console=pipe "$@"
+own=/sys/fs/cgroup/fomoe-$$
+mkdir $own
+echo $$ > $own/cgroup.procs
+status=0
+systemd-nspawn --quiet --register=no --keep-unit --console=pipe "$@" || status=$?
+echo $$ > /sys/fs/cgroup/cgroup.procs
+find $own -depth -type d -exec rmdir {} ';'
+exit $status
 """
 _CHECKOUT = "/mnt/checkout"
 
@@ -88,11 +93,7 @@ class SystemdMachine:
                 stdout=sink,
                 stderr=sink,
             )
-        self.wait_for_boot()
-
-    def wait_for_boot(self, other_than: int = 0) -> None:
-        """Wait for process 1, another one than before a reboot."""
-        self.wait(lambda: self.leader() not in (0, other_than), 120)
+        self.wait(lambda: self.leader() != 0, 120)
         self.wait(lambda: self.run("systemctl is-system-running", check=False) in _BOOTED, 120)
 
     def leader(self) -> int:
@@ -113,8 +114,9 @@ class SystemdMachine:
         """Run commands on the machine as root; return what they printed."""
         variables = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
         done = subprocess.run(
-            ["nsenter", "--all", f"--target={self.leader()}", "--wd=/root", "bash", "-ec", script],
+            ["nsenter", "--all", f"--target={self.leader()}", "bash", "-ec", f"cd /root\n{script}"],
             env=variables,
+            cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -133,11 +135,12 @@ class SystemdMachine:
             script = script.replace(old, new)
         return self.run(script)
 
-    def reboot(self) -> None:
-        """Start again, in order, from process 1 on."""
-        before = self.leader()
+    def reboot(self, log: Path) -> None:
+        """Shut down in order and boot again."""
+        assert self._process is not None
         self.run("systemctl reboot", check=False)
-        self.wait_for_boot(before)
+        self._process.wait(timeout=180)
+        self.boot(log)
 
     def wait(self, is_so: Callable[[], bool], seconds: float) -> None:
         """Wait for something. Raises TimeoutError."""
@@ -172,6 +175,7 @@ if __name__ == "__main__":
         machine.make()
     machine.boot(machine.root.parent / "console.log")
     print(f"up: nsenter -a -t {machine.leader()}; its power switch is Ctrl-C", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         signal.pause()
     finally:
