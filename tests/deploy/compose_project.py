@@ -105,9 +105,14 @@ class ComposeProject:
     def make_base(self) -> None:
         """Make an image of the name that the Dockerfile begins with."""
         system, prefix = self.store / "base", Path(sys.base_prefix)
-        release = release()
         self.run(
-            *("debootstrap", "--variant=minbase", f"--include={_LIBRARIES}", release, str(system)),
+            *(
+                "debootstrap",
+                "--variant=minbase",
+                f"--include={_LIBRARIES}",
+                release(),
+                str(system),
+            ),
             seconds=900,
         )
         local = system / "usr" / "local"
@@ -188,6 +193,7 @@ def free_port() -> int:
 
 
 def release() -> str:
+    """Return the name of this machine's Debian."""
     text = Path("/etc/os-release").read_text(encoding="utf-8")
     found = re.search(r"^VERSION_CODENAME=(\w+)", text, re.MULTILINE)
     return found[1] if found else "stable"
