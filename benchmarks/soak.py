@@ -198,7 +198,7 @@ def main() -> int:
     keeper.start()
     injector.start()
     try:
-        done = supervise(federation.link, settings, own, folder, 5, say)
+        done = supervise(federation.link, settings, own, 5, say)
     finally:
         injector.stop.set()
         stop.set()

@@ -42,26 +42,3 @@ def test_the_commands_of_the_loopback_part_work_as_written(tmp_path: Path) -> No
         assert RunDirectory(folder / name).read_summary()["status"] == "completed"
     assert "state        completed, round 2 of 2" in done.stdout
     assert family(folder) == []
-
-
-def test_units_start_nothing_insecure_and_name_commands_that_exist() -> None:
-    units = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
-    assert len(units) == 4
-    commands = [
-        re.search(r"^ExecStart=(.*?)\n\w", unit.read_text().replace("\\\n", ""), re.M | re.S)[1]  # type: ignore[index]
-        for unit in units
-    ]
-    for command in commands:
-        assert "--insecure" not in command
-        tool = Path(command.split()[0]).name
-        assert (Path(sys.executable).parent / tool).exists(), tool
-        shown = subprocess.run(
-            [Path(sys.executable).parent / tool, "--help"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        ).stdout
-        if tool != "fomoe":
-            for option in re.findall(r"--[a-z-]+", command):
-                assert option in shown, (tool, option)

@@ -17,6 +17,7 @@ from fomoe_flwr.events import tell
 if TYPE_CHECKING:
     from fomoe_flwr.config import Settings
     from fomoe_flwr.federation.deployment.loopback import Loopback
+    from fomoe_flwr.federation.deployment.submission import SuperLink
 
 _EXAMPLES = """examples:
   fomoe federation run /tmp/fed preset=tiny layout.num_workers=3   # up, train, down
@@ -152,14 +153,17 @@ def _down(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from fomoe_flwr.run.preflight import preflight
+
     # In this order: the run directory may lie in the federation's folder.
     federation, stop = _loopback(options), threading.Event()
-    settings = _settings(options)
+    settings, words = _asked(options)
+    preflight(settings)
     federation.up()
     keeper = threading.Thread(target=federation.keep, args=[stop], daemon=True)
     keeper.start()
     try:
-        return _train(options, settings, federation)
+        return _train(options, settings, words, federation.link)
     finally:
         stop.set()
         keeper.join()
@@ -167,32 +171,48 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    from fomoe_flwr.federation.deployment.launch import is_complete
     from fomoe_flwr.federation.deployment.loopback import Loopback
-
-    return _train(options, _settings(options), Loopback(options.folder))
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    from fomoe_flwr.config import expand_files, load_settings
-    from fomoe_flwr.run.directory import absolute
     from fomoe_flwr.run.preflight import preflight
+    from fomoe_flwr.run.rerun import words_to_go_on
 
-    settings = absolute(load_settings([*expand_files(options.overrides), "engine=flower"]))
+    settings, words = _asked(options)
+    if again := words_to_go_on(settings):
+        # The same command after a reboot is the same run.
+        settings, words = _settings_of(again), again
+        if is_complete(settings):
+            _say(f"{settings.output_dir} is completed: nothing to do")
+            return 0
     preflight(settings)
-    return settings
+    return _train(options, settings, words, Loopback(options.folder).link)
 
 
-def _train(options: argparse.Namespace, settings: Settings, federation: Loopback) -> int:
-    from fomoe_flwr import report
+def _asked(options: argparse.Namespace) -> tuple[Settings, list[str]]:
+    """Return the settings that were asked for, and the words that gave them."""
     from fomoe_flwr.config import expand_files
+
+    words = expand_files(options.overrides)
+    return _settings_of(words), words
+
+
+def _settings_of(words: list[str]) -> Settings:
+    from fomoe_flwr.config import load_settings
+    from fomoe_flwr.run.directory import absolute
+
+    return absolute(load_settings([*words, "engine=flower"]))
+
+
+def _train(
+    options: argparse.Namespace, settings: Settings, words: list[str], link: SuperLink
+) -> int:
+    from fomoe_flwr import report
     from fomoe_flwr.federation.deployment.submission import run_once, supervise
     from fomoe_flwr.run.directory import RunDirectory
 
-    words, folder = expand_files(options.overrides), federation.folder
     if options.resume_on_failure:
-        done = supervise(federation.link, settings, words, folder, options.resume_on_failure, _say)
+        done = supervise(link, settings, words, options.resume_on_failure, _say)
     else:
-        done = run_once(federation.link, settings, words, folder, _say)
+        done = run_once(link, settings, words, _say)
     run = RunDirectory(Path(settings.output_dir))
     if run.read_metrics():  # The server is on this machine.
         report.print_end(run)

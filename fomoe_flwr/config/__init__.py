@@ -17,6 +17,7 @@ from fomoe_flwr.config.compose import (
     RESUMABLE_KEYS,
     conf_dir,
     find_run,
+    is_resumable,
     is_run,
     load_settings,
     paper_rows_known,

@@ -74,6 +74,11 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
     return settings
 
 
+def is_resumable(key: str) -> bool:
+    """Tell whether a setting may change when a run is resumed."""
+    return any(key == k or key.startswith(k + ".") for k in RESUMABLE_KEYS)
+
+
 @contextmanager
 def paper_rows_known(words: Iterable[str]) -> Iterator[None]:
     """Make `paper=<row>` known to Hydra for a while, if a word asks for one.
@@ -216,7 +221,7 @@ def _stored(resume: str, overrides: Iterable[Override]) -> Settings:
     node = OmegaConf.create(read_settings(run_dir / "config.yaml").to_dict())
     for override in overrides:
         key = override.key_or_group
-        if not any(key == k or key.startswith(k + ".") for k in RESUMABLE_KEYS):
+        if not is_resumable(key):
             raise SettingsError(
                 f"{key} cannot change when a run is resumed; these can: {', '.join(RESUMABLE_KEYS)}"
             )

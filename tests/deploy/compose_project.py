@@ -105,9 +105,14 @@ class ComposeProject:
     def make_base(self) -> None:
         """Make an image of the name that the Dockerfile begins with."""
         system, prefix = self.store / "base", Path(sys.base_prefix)
-        release = _release()
         self.run(
-            *("debootstrap", "--variant=minbase", f"--include={_LIBRARIES}", release, str(system)),
+            *(
+                "debootstrap",
+                "--variant=minbase",
+                f"--include={_LIBRARIES}",
+                release(),
+                str(system),
+            ),
             seconds=900,
         )
         local = system / "usr" / "local"
@@ -132,7 +137,7 @@ class ComposeProject:
 
     def build(self, *words: str) -> str:
         """Build the image from the checkout, with this machine's pip configuration."""
-        settings, mounts = _pip_configuration()
+        settings, mounts = pip_configuration()
         (self.store / "pip.conf").write_text(settings)
         mounts[self.store / "pip.conf"] = "/etc/pip.conf"
         volumes = [f"--volume={source}:{target}:ro" for source, target in mounts.items()]
@@ -187,13 +192,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _release() -> str:
+def release() -> str:
+    """Return the name of this machine's Debian."""
     text = Path("/etc/os-release").read_text(encoding="utf-8")
     found = re.search(r"^VERSION_CODENAME=(\w+)", text, re.MULTILINE)
     return found[1] if found else "stable"
 
 
-def _pip_configuration() -> tuple[str, dict[Path, str]]:
+def pip_configuration() -> tuple[str, dict[Path, str]]:
     """Return this machine's pip configuration as a file, and the paths that it names."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True

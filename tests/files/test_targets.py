@@ -105,7 +105,6 @@ def test_no_run_goes_into_what_no_run_made(
 FILES = {
     "federation credentials --host=localhost FOLDER": "ca.key",
     "federation node-key FOLDER berlin": "berlin",
-    "federation submit FOLDER preset=tiny output_dir=FOLDER/run": "run_config.toml",
     "plan SITES preset=tiny costs.tokens=1e6 --to FOLDER/plan.yaml": "plan.yaml",
     "plan SITES preset=tiny costs.tokens=1e6 --to FOLDER/plan.yml": "plan.toml",
     "bench step preset=tiny --to FOLDER/speed.json": "speed.json",
@@ -128,7 +127,7 @@ def test_no_command_overwrites_a_file_that_it_did_not_write(
     assert (folder / FILES[command]).is_symlink() == (make is _link)
 
 
-READ_ONLY = {"plan SITES.yaml", "evaluate RUN", "sample RUN", "sweep --resume"}
+READ_ONLY = {"federation submit", "plan SITES.yaml", "evaluate RUN", "sample RUN", "sweep --resume"}
 """Paths on the command line to which nothing is written, or only what is a sweep already."""
 
 

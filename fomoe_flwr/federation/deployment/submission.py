@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,16 +106,18 @@ class SuperLink:
 
 
 def run_once(
-    link: SuperLink, settings: Settings, overrides: Sequence[str], folder: Path, say: Say = print
+    link: SuperLink, settings: Settings, overrides: Sequence[str], say: Say = print
 ) -> bool:
     """Submit a run and wait for its end; return whether all rounds were done.
 
     The ServerApp runs on the SuperLink's machine. If that is this machine, the run's own summary
     decides. If not, the SuperLink's status decides.
     """
-    run_config = folder / "run_config.toml"
-    write_run_config(run_config, settings, overrides)
-    run_id = link.submit(run_config)
+    # A folder of its own: runs are submitted side by side.
+    with tempfile.TemporaryDirectory(prefix="fomoe-submit-") as folder:
+        run_config = Path(folder) / "run_config.toml"
+        write_run_config(run_config, settings, overrides)
+        run_id = link.submit(run_config)
     say(f"run {run_id} submitted, run directory: {settings.output_dir}")
     status = link.follow(run_id)
     say(f"run {run_id}: {status}")
@@ -126,7 +129,6 @@ def supervise(
     link: SuperLink,
     settings: Settings,
     overrides: Sequence[str],
-    folder: Path,
     most_failures: int,
     say: Say = print,
 ) -> bool:
@@ -146,7 +148,7 @@ def supervise(
             words = [f"resume={quoted(str(run.path))}"]
             settings = load_settings(words)
         try:
-            if run_once(link, settings, words, folder, say):
+            if run_once(link, settings, words, say):
                 return True
         except SubmissionError as error:
             say(f"error: {error}")
