@@ -16,11 +16,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError
 
 from fomoe_flwr.config.checks import SettingsError, check, did_you_mean
-from fomoe_flwr.config.overrides import parse_values
+from fomoe_flwr.config.literals import literal
+from fomoe_flwr.config.overrides import parse_values, refuse_reference
 from fomoe_flwr.config.paper_rows import ROWS
 from fomoe_flwr.config.schema import Settings
 from fomoe_flwr.errors import one_line
@@ -68,8 +75,8 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
     overrides = list(overrides)
     parsed = parse_values(overrides)
     targets = [override.value() for override in parsed if override.key_or_group == "resume"]
-    resume = str(targets[-1]) if targets and targets[-1] else ""
-    settings = _stored(resume, parsed) if resume else _composed(overrides)
+    resume = OmegaConf.create({"resume": targets[-1] if targets else ""})
+    settings = _stored(str(resume.resume), parsed) if resume.resume else _composed(parsed)
     check(settings)
     return settings
 
@@ -130,7 +137,7 @@ def read_settings(path: Path) -> Settings:
 
 def settings_from_dict(fields: Mapping[str, Any]) -> Settings:
     """Rebuild settings that travelled as JSON, with the same checks."""
-    settings = _typed(OmegaConf.create(dict(fields)))
+    settings = _typed(OmegaConf.create(literal(dict(fields))))
     check(settings)
     return settings
 
@@ -151,15 +158,15 @@ def _unknown_key(key: str) -> SettingsError:
     )
 
 
-def _typed(node: Any) -> Settings:
+def _typed(node: Any, overrides: Iterable[Override] = ()) -> Settings:
     """Merge a plain config into the schema: unknown keys and wrong types are refused."""
     try:
         # A composed config already carries the schema and would wave `+extra` keys through.
         plain = OmegaConf.to_container(node, resolve=True)
-        merged = OmegaConf.merge(_schema(), OmegaConf.create(plain))
+        merged = OmegaConf.merge(_schema(), OmegaConf.create(literal(plain)))
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise _explain(error) from error
+        raise _explain(error, overrides) from error
     assert isinstance(settings, Settings)
     return settings
 
@@ -170,45 +177,71 @@ def _schema() -> Any:
     return OmegaConf.structured(Settings)
 
 
-def _explain(error: OmegaConfBaseException) -> SettingsError:
+def _explain(error: OmegaConfBaseException, overrides: Iterable[Override] = ()) -> SettingsError:
     key = str(getattr(error, "full_key", "") or "")
+    if isinstance(error, InterpolationResolutionError | GrammarParseError):
+        for override in overrides:
+            if "${" in str(override.input_line) and key in ("", override.key_or_group):
+                return refuse_reference(override)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(key)
     reason = one_line(str(error).splitlines()[0])
     return SettingsError(f"{key}: {reason}" if key else reason)
 
 
-def _composed(overrides: Sequence[str]) -> Settings:
+def _composed(overrides: Sequence[Override]) -> Settings:
+    for override in overrides:
+        _check_choice(override)
+    words = [str(override.input_line) for override in overrides]
     # Flower's simulation actors and in-process runs reuse processes, and Hydra's state is global.
     GlobalHydra.instance().clear()
     try:
         folder = initialize_config_dir(str(conf_dir()), version_base="1.3")
-        with folder, paper_rows_known(overrides):
-            composed = compose("config", overrides=list(overrides))
+        with folder, paper_rows_known(words):
+            composed = compose("config", overrides=words)
     except MissingConfigException as error:
-        raise _unknown_choice(error) from error
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        # Hydra's own refusal of a group that is no name (`local=5`) is a bare ValueError.
-        raise _override_error(error) from error
+        group, _, choice = str(error.missing_cfg_file).partition("/")
+        raise _unknown_choice(group, choice, error.options or []) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _override_error(error, overrides) from error
     finally:
         GlobalHydra.instance().clear()
-    return _typed(composed)
+    return _typed(composed, overrides)
 
 
-def _unknown_choice(error: MissingConfigException) -> SettingsError:
-    group, _, choice = str(error.missing_cfg_file).partition("/")
-    options = sorted(str(option) for option in error.options or [])
+def _check_choice(override: Override) -> None:
+    """Refuse what is no name where a group takes the name of one of its files."""
+    group, value = override.key_or_group, override.value()
+    is_name = isinstance(value, str | dict) and "${" not in value
+    if group in _groups() and not is_name:
+        word = str(override.input_line).partition("=")[2]
+        raise _unknown_choice(group, word, _groups()[group])
+
+
+@cache
+def _groups() -> Mapping[str, Sequence[str]]:
+    """Return the choices of every group."""
+    groups = {
+        folder.name: [file.stem for file in folder.glob("*.yaml")]
+        for folder in conf_dir().iterdir()
+        if folder.is_dir()
+    }
+    return groups | {"paper": [row.name for row in ROWS]}
+
+
+def _unknown_choice(group: str, choice: str, known: Iterable[str]) -> SettingsError:
+    options = sorted(map(str, known))
     near = did_you_mean(choice, options)
     if len(options) > _MOST_NAMED:
         options = [*options[:_MOST_NAMED], f"... ({len(options)} in all)"]
     return SettingsError(f"{group}={choice} is not one of {', '.join(options)}{near}")
 
 
-def _override_error(error: Exception) -> SettingsError:
+def _override_error(error: Exception, overrides: Iterable[Override]) -> SettingsError:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
-            return _explain(cause)
+            return _explain(cause, overrides)
         cause = cause.__cause__
     found = re.match(r"Could not override '([^']+)'", str(error))
     if found:
@@ -218,7 +251,8 @@ def _override_error(error: Exception) -> SettingsError:
 
 def _stored(resume: str, overrides: Iterable[Override]) -> Settings:
     run_dir = find_run(resume, "resume")
-    node = OmegaConf.create(read_settings(run_dir / "config.yaml").to_dict())
+    overrides = list(overrides)
+    node = OmegaConf.create(literal(read_settings(run_dir / "config.yaml").to_dict()))
     for override in overrides:
         key = override.key_or_group
         if not is_resumable(key):
@@ -226,9 +260,8 @@ def _stored(resume: str, overrides: Iterable[Override]) -> Settings:
                 f"{key} cannot change when a run is resumed; these can: {', '.join(RESUMABLE_KEYS)}"
             )
         OmegaConf.update(node, key, override.value(), force_add=False)
-    node.resume = str(run_dir)
-    node.output_dir = str(run_dir)
-    return _typed(node)
+    node.resume = node.output_dir = literal(str(run_dir))
+    return _typed(node, overrides)
 
 
 ConfigStore.instance().store(name="settings", node=Settings)

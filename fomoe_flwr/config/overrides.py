@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from fomoe_flwr.config.checks import SettingsError
+from fomoe_flwr.config.literals import literal
 from fomoe_flwr.config.schema import Settings
 from fomoe_flwr.errors import check_text, one_line
 
@@ -69,6 +70,11 @@ def parse_values(words: Iterable[str]) -> list[Override]:
             raise SettingsError(f"{word} is no setting: only fomoe sweep takes settings of Hydra")
         if override.is_delete():
             raise SettingsError(f"{word}: no setting can be removed, only set: type KEY=VALUE")
+        if word.startswith("+") and not word.startswith("++"):
+            typed = _plain(key[1:], value)
+            raise SettingsError(f"{word}: no setting can be added, only set: type {typed}")
+        if override.value() == "???":
+            raise SettingsError(f"{word}: ??? stands for no value: give another")
         if override.is_sweep_override():
             listed = "" if "(" in value else f"{shlex.quote(f'{key}=[{value}]')} for a list, "
             raise SettingsError(
@@ -76,6 +82,17 @@ def parse_values(words: Iterable[str]) -> list[Override]:
                 f"or fomoe sweep {shlex.quote(word)} to train with each"
             )
     return parsed
+
+
+def refuse_reference(override: Override) -> SettingsError:
+    """Return the refusal of a `${name}` that stands for nothing, with how to type it as text."""
+    word = str(override.input_line)
+    key, _, value = word.partition("=")
+    typed = shlex.quote(f"{key}={quoted(_without_quotes(value))}")
+    return SettingsError(
+        f"{word}: ${{...}} stands for another setting, and this one does not exist: type {typed} "
+        "for the text itself"
+    )
 
 
 def refuse_option(word: str) -> None:
@@ -110,7 +127,9 @@ def _advice(words: list[str], place: int) -> str:
         if re.fullmatch(_KEY, key, re.ASCII):
             return f"{word} has no =: type {_plain(key, value if colon and value else 'VALUE')}"
     if not re.fullmatch(_KEY, key, re.ASCII):
-        return f"{word}: {key!r} is no name of a setting: type KEY=VALUE, e.g. rounds=2"
+        return (
+            f"{word or repr(word)}: {key!r} is no name of a setting: type KEY=VALUE, e.g. rounds=2"
+        )
     if not word.isprintable():
         return f"{word!r}: line breaks and tabs need quotes, for the shell and around the value"
     if value.startswith("="):
@@ -125,16 +144,22 @@ def _plain(key: str, value: str) -> str:
 
 def _typed(key: str, value: str) -> str:
     """Return what to type in a shell for a value that is text: quotes for it, and for Hydra."""
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        value = value[1:-1]
-    word = f"{key}={quoted(value)}" if '"' in value or "\\" in value else f'{key}="{value}"'
+    value = _without_quotes(value)
+    word = f"{key}={_enclosed(value)}" if '"' in value or "\\" in value else f'{key}="{value}"'
     return shlex.quote(word)
 
 
+def _without_quotes(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if is_quoted else value
+
+
 def quoted(value: object) -> str:
-    """Write a value for Hydra's grammar: text is quoted, so that a path may hold anything."""
-    if not isinstance(value, str):
-        return str(value)
+    """Write a value for Hydra's grammar: text is text, so that a path may hold anything."""
+    return _enclosed(literal(value)) if isinstance(value, str) else str(value)
+
+
+def _enclosed(value: str) -> str:
     # Only before a quote, or at the end, is a backslash more than itself.
     escaped = re.sub(r"\\+(?='|\Z)", lambda found: found[0] * 2, value)
     return "'" + escaped.replace("'", "\\'") + "'"

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from fomoe_flwr.codecs.sizes import CHUNK, CODECS, FLOATS, INTEGERS, Codec, CodecPair
 from fomoe_flwr.config.cost_settings import CostSettings
 from fomoe_flwr.config.fields import choice, number
+from fomoe_flwr.config.literals import literal
 from fomoe_flwr.config.local_settings import ExecutionSettings, LocalSettings
 
 
@@ -338,4 +339,6 @@ class Settings:
 
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML."""
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create(self.to_dict())), encoding="utf-8")
+        path.write_text(
+            OmegaConf.to_yaml(OmegaConf.create(literal(self.to_dict()))), encoding="utf-8"
+        )
