@@ -118,7 +118,9 @@ def end_if_running(folder: Path) -> None:
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(record.pid)
         # A number that was given to another process since is not ours to end.
-        if process.create_time() <= record.started + 1 and quoted(str(folder)) in " ".join(process.cmdline()):
+        if process.create_time() <= record.started + 1 and quoted(str(folder)) in " ".join(
+            process.cmdline()
+        ):
             process.terminate()
             process.wait(timeout=30)
     write_record(folder, replace(record, status="failed", error="interrupted", pid=0))

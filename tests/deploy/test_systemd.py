@@ -123,7 +123,7 @@ PROBES = {
         "refused",
     ),
     "a temporary folder of its own": (
-        f"grep -cE '/systemd-private-\S+ /tmp ' {_process('fomoe-superexec')}/mountinfo",
+        rf"grep -cE '/systemd-private-\S+ /tmp ' {_process('fomoe-superexec')}/mountinfo",
         "1",
     ),
     "no device but the harmless": (
