@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
+from hydra.core.override_parser.types import Override
 
-from fomoe_flwr.config import DataSettings, ModelSettings, compose
+from fomoe_flwr.config import DataSettings, ModelSettings, Settings, compose
 
 if TYPE_CHECKING:
     from fomoe_flwr.run.directory import RunDirectory
@@ -56,9 +56,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _compose_once() -> Iterator[None]:
     """Compose each list of overrides once: Hydra takes 0.1 s for the same result."""
-    once = cache(compose._composed)
+    plain, known = compose._composed, dict[tuple[str, ...], Settings]()
+
+    def once(overrides: Sequence[Override]) -> Settings:
+        words = tuple(str(override.input_line) for override in overrides)
+        if words not in known:
+            known[words] = plain(overrides)
+        return deepcopy(known[words])
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compose, "_composed", lambda overrides: deepcopy(once(tuple(overrides))))
+        patch.setattr(compose, "_composed", once)
         yield
 
 
