@@ -57,7 +57,7 @@ def test_a_full_replica_experiment_follows_the_number_of_workers() -> None:
         ("layuot.overlap=2", "layuot is not a setting; did you mean layout?"),
         ("roundz=2", "roundz is not a setting; did you mean rounds?"),
         ("zzz=2", "zzz is not a setting; see conf/ for all settings"),
-        ("+extra=1", "extra is not a setting; see conf/ for all settings"),
+        ("+extra=1", "+extra=1: no setting can be added, only set: type extra=1"),
         ("++extra=1", "extra is not a setting; see conf/ for all settings"),
     ],
 )
@@ -66,7 +66,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(override: str, tex
 
 
 def test_a_key_that_is_added_inside_a_group_is_refused() -> None:
-    assert refusal("+layout.extra=1").startswith("layout.extra is not a setting")
+    assert refusal("++layout.extra=1").startswith("layout.extra is not a setting")
 
 
 @pytest.mark.parametrize(

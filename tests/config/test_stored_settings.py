@@ -27,7 +27,7 @@ def stored_run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "override", ["seed=3", "outer=nesterov", "local.lr=1", "preset=demo", "output_dir=/x", "+a=1"]
+    "override", ["seed=3", "outer=nesterov", "local.lr=1", "preset=demo", "output_dir=/x", "++a=1"]
 )
 def test_resume_refuses_to_change_what_the_run_is(stored_run: Path, override: str) -> None:
     key = override.lstrip("+").partition("=")[0]

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from fomoe_flwr.cli.main import main
-from fomoe_flwr.config import SettingsError
+from fomoe_flwr.config import SettingsError, quoted
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.sweep import job as job_module
 from fomoe_flwr.sweep.directory import SweepDirectory
@@ -193,7 +193,7 @@ def test_a_job_that_a_killed_sweep_left_is_ended_and_only_that(tmp_path: Path) -
     ours, others = tmp_path / "ours", tmp_path / "others"
     sleep = "import time; time.sleep(60)"
     for folder in (ours, others):
-        command = [sys.executable, "-c", sleep, f"output_dir={tmp_path / 'ours'}"]
+        command = [sys.executable, "-c", sleep, f"output_dir={quoted(str(tmp_path / 'ours'))}"]
         child = subprocess.Popen(command)
         try:
             record = JobRecord("running", "", 1, 0.0, time.time(), os.uname().nodename, child.pid)

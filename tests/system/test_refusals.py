@@ -25,7 +25,7 @@ from fomoe_flwr.cli.main import main
         ("outer=nestrov", "outer=nestrov is not one of "),
         ("layout.overlap=7", "layout.overlap=7 needs layout.num_workers >= 7 (got 2)"),
         ("layout.num_workers=7", "model.num_experts=12, layout.overlap=1 and layout.num_workers=7"),
-        ("local=5", "Config group override must be a string or a list"),
+        ("local=5", "local=5 is not one of adamw"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(

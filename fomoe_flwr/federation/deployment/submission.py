@@ -50,6 +50,11 @@ class SuperLink:
 
     def submit(self, run_config: Path) -> str:
         """Give a run to the SuperLink; return its id. Raises SubmissionError."""
+        if not (self.home / "config.toml").is_file():
+            raise SubmissionError(
+                f"{self.home} is no federation's folder (it has no config.toml): name another, or "
+                f"start one there with fomoe federation up {self.home}"
+            )
         with app_folder() as app:
             answer = self._ask("run", str(app), self.connection, "--run-config", str(run_config))
         if not answer.get("success"):
