@@ -230,6 +230,8 @@ class EvalSettings:
     """Rounds between two evaluations; the last round is always evaluated."""
     batch_size: int = number(16, at_least=1)
     """Windows scored at once."""
+    device: str = choice("auto", "auto", "cpu", "cuda")
+    """Where the assembled model computes. auto: on a GPU, which takes it layer by layer."""
     max_tokens: int = number(32768, at_least=1)
     """Held-out tokens to score."""
     probe_tokens: int = number(512, at_least=0)

@@ -8,24 +8,26 @@ name of the column; an undefined mean is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fomoe_flwr.config import RoutingMode, Settings
 from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.model import routing_metrics as measure
-from fomoe_flwr.model.router_probe import RoutingCounts, chosen_experts
+from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.parameters.fragments import fragment_of_round
 from fomoe_flwr.parameters.keys import is_router_key, layer_of
 
 Columns = dict[str, list[float]]
 """Name of a measure -> one number for each layer."""
+
+Choose = Callable[[Tensor], Tensor]
+"""The assembled model's choices, [num_layers, tokens, top_k], for [windows, tokens] ids."""
 
 FRACTIONS = ("ghost_fraction", "all_ghost_fraction")
 """Columns whose means are in the metrics already, from the replies."""
@@ -40,18 +42,18 @@ class RoutingLog:
         self.probe = probe_windows(blocks, settings.eval.probe_tokens)
         self._before: Tensor | None = None
 
-    def begin(self, model: PreTrainedModel) -> None:
+    def begin(self, choose: Choose) -> None:
         """Note which experts the assembled model chooses before the first (or resumed) round."""
-        self._before = self._choices(model)
+        self._before = self._choices(choose)
 
     def close(
-        self, record: RoundRecord, model: PreTrainedModel, state: State
+        self, record: RoundRecord, choose: Choose, state: State
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Return the metrics of a finished round and its line in `routing.jsonl`."""
         columns, per_worker = self._tables(record)
         columns["router_cosine"] = self._cosines(state)
         columns["expert_drift"] = self._drift(record, state)
-        before, self._before = self._before, self._choices(model)
+        before, self._before = self._before, self._choices(choose)
         if before is not None and self._before is not None:
             columns["churn"] = measure.churn(before, self._before, self.spec.num_experts).tolist()
         means = {
@@ -76,11 +78,8 @@ class RoutingLog:
         }
         return {name: value for name, value in means.items() if not math.isnan(value)}, line
 
-    def _choices(self, model: PreTrainedModel) -> Tensor | None:
-        if self.probe is None:
-            return None
-        shape, batch = self.settings.model, self.settings.eval.batch_size
-        return chosen_experts(model, self.probe, shape.num_experts, shape.top_k, batch_size=batch)
+    def _choices(self, choose: Choose) -> Tensor | None:
+        return None if self.probe is None else choose(self.probe)
 
     def _tables(self, record: RoundRecord) -> tuple[Columns, dict[int, Columns]]:
         """Measure the routing counts of all replies: pooled, and of each worker alone."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import torch
 from flwr.app import MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fomoe_flwr import costs, report
 from fomoe_flwr.aggregation.outer_step import OuterStep
@@ -28,7 +27,7 @@ from fomoe_flwr.data.tokenizer import (
     tokenizer_digest,
     tokenizer_json,
 )
-from fomoe_flwr.data.tokens import TokenBlocks, heldout_windows
+from fomoe_flwr.data.tokens import heldout_windows
 from fomoe_flwr.errors import InputError, RunError, reason_of, refusal
 from fomoe_flwr.events import tell
 from fomoe_flwr.federation.lookout import Lookout
@@ -41,6 +40,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.pretrained import read_pretrained
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.state import StateSpec, load_state, state_of
+from fomoe_flwr.run.assembled import AssembledModel
 from fomoe_flwr.run.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -49,25 +49,12 @@ from fomoe_flwr.run.checkpoint import (
     stored_rounds,
 )
 from fomoe_flwr.run.directory import RunDirectory
-from fomoe_flwr.run.evaluation import EvalReport, evaluate, sample_text, unigram_entropy
+from fomoe_flwr.run.evaluation import EvalReport, unigram_entropy
 from fomoe_flwr.run.export import assemble, export_model
 from fomoe_flwr.run.heartbeat import Heartbeat
 from fomoe_flwr.run.phases import Phases
 from fomoe_flwr.run.tracking import Tracker
 from fomoe_flwr.run.turnout import turnout
-
-
-@dataclass
-class _Evaluator:
-    """Held-out windows, fixed for the run."""
-
-    blocks: TokenBlocks
-    indices: np.ndarray
-    byte_lengths: np.ndarray
-    batch_size: int
-
-    def __call__(self, model: PreTrainedModel) -> EvalReport:
-        return evaluate(model, self.blocks, self.indices, self.byte_lengths, self.batch_size)
 
 
 class Server:
@@ -104,12 +91,10 @@ class Server:
         self.outer = OuterStep(settings.outer)
         self.phases.end("model")
         blocks = evaluation_blocks(settings, json_text)
-        self.evaluator = _Evaluator(
-            blocks,
-            heldout_windows(blocks, settings.eval.max_tokens),
-            token_byte_lengths(self.tokenizer, settings.model.vocab_size),
-            settings.eval.batch_size,
-        )
+        self.assembled = AssembledModel(settings, config, self.model, self.state)
+        self.blocks = blocks
+        self.windows = heldout_windows(blocks, settings.eval.max_tokens)
+        self.byte_lengths = token_byte_lengths(self.tokenizer, settings.model.vocab_size)
         self.phases.end("text")
         self.totals: dict[str, Any] = {"comm/bytes_up": 0, "comm/bytes_down": 0, "tokens": 0}
         self.rounds_done = 0
@@ -156,7 +141,7 @@ class Server:
                 # So that the run can be resumed if it ends in round 1.
                 self._save(None)
             self.phases.end("checkpoint")
-            self.routing.begin(self.model)
+            self.routing.begin(self.assembled.choices)
             self.phases.end("routing")
             self.heartbeat.awaited = self.lookout
             self.heartbeat.note("train", self.rounds_done + 1)
@@ -181,13 +166,14 @@ class Server:
 
     def _evaluate_start(self) -> None:
         """Measure the untrained model, and the best loss that a model without context can have."""
-        before = self.evaluator(self.model)
-        entropy = unigram_entropy(
-            self.evaluator.blocks, self.evaluator.indices, self.settings.model.vocab_size
-        )
+        before = self._evaluate()
+        entropy = unigram_entropy(self.blocks, self.windows, self.settings.model.vocab_size)
         self.totals["eval/loss_untrained"] = before.loss
         self.totals["eval/unigram_entropy"] = entropy
         report.print_before(before, entropy)
+
+    def _evaluate(self) -> EvalReport:
+        return self.assembled.evaluate(self.blocks, self.windows, self.byte_lengths)
 
     def _close_round(self, record: RoundRecord) -> MetricRecord | None:
         """Evaluate, save and write down a round that the strategy has finished."""
@@ -199,12 +185,12 @@ class Server:
             if not self.seconds and phase == "gather":
                 self._keep_seconds("start")
         phases.end("other")
-        means, tables = self.routing.close(record, self.model, self.state)
+        means, tables = self.routing.close(record, self.assembled.choices, self.state)
         row |= means
         phases.end("routing")
         if server_round % settings.eval.every == 0 or is_last:
             self.heartbeat.note("evaluate", server_round)
-            row |= evaluation_row(self.evaluator(self.model))
+            row |= evaluation_row(self._evaluate())
             phases.end("eval")
             self._sample(server_round)
             phases.end("sample")
@@ -240,13 +226,7 @@ class Server:
 
     def _sample(self, server_round: int) -> None:
         if self.settings.eval.sample_tokens:
-            text = sample_text(
-                self.model,
-                self.tokenizer,
-                self.settings.eval.sample_prompt,
-                self.settings.eval.sample_tokens,
-                self.settings.seed,
-            )
+            text = self.assembled.sample(self.tokenizer)
             self.run.samples.mkdir(exist_ok=True)
             save_text(text + "\n", self.run.samples / f"round-{server_round:06d}.txt")
             keep_newest(self.run.samples, "round-*.txt", self.settings.eval.keep_samples)

@@ -65,6 +65,20 @@ def build_model(
     return built
 
 
+def build_skeleton(
+    model: ModelSettings, config: PreTrainedConfig, device: torch.device
+) -> PreTrainedModel:
+    """Build the whole model without memory for its state; what is computed lies on `device`."""
+    built = build_model(model, config, device="meta")
+    for module in built.modules():
+        for name in module._non_persistent_buffers_set:
+            value = module._buffers[name]
+            if value is not None:
+                module._buffers[name] = torch.empty_like(value, device=device)
+    _initialise(built, empty=True)
+    return built.eval()
+
+
 def moe_blocks(model: nn.Module) -> Iterator[tuple[int, Any]]:
     """Yield (layer, block) for every layer that has a router `gate` and `experts`."""
     for name, module in model.named_modules():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fomoe_flwr.data.tokens import TokenBlocks
@@ -37,8 +39,12 @@ def evaluate(
     indices: np.ndarray,
     byte_lengths: np.ndarray,
     batch_size: int,
+    rows: int = 0,
 ) -> EvalReport:
-    """Score the blocks `indices`; byte_lengths[v] is the number of bytes token v stands for."""
+    """Score the blocks `indices`; byte_lengths[v] is the number of bytes token v stands for.
+
+    `rows` windows go through the layers in one call, `batch_size` (the default) through the head.
+    """
     device = next(model.parameters()).device
     lengths = torch.from_numpy(byte_lengths)
     nats = torch.zeros(len(blocks.domains), dtype=torch.float64)
@@ -47,16 +53,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
+        for start in range(0, len(indices), rows or batch_size):
+            chosen = indices[start : start + (rows or batch_size)]
             windows = torch.from_numpy(blocks.window(chosen))
-            logits = model(input_ids=windows[:, :-1].to(device), use_cache=False).logits
             targets = windows[:, 1:]
-            loss = F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none"
-            )
+            loss = _losses(model, windows.to(device), batch_size)
             domains = torch.from_numpy(blocks.domain_ids[chosen].astype(np.int64))
-            nats.index_add_(0, domains, loss.view_as(targets).sum(1).double().cpu())
+            nats.index_add_(0, domains, loss.sum(1).double().cpu())
             size.index_add_(0, domains, lengths[targets].sum(1).double())
             tokens += targets.numel()
     model.train(was_training)
@@ -70,6 +73,24 @@ def evaluate(
             if size[i] > 0
         },
     )
+
+
+def _losses(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Tensor:
+    """Return the cross entropy of every token of [B, S + 1] windows, [B, S] nats."""
+    ids, targets = windows[:, :-1], windows[:, 1:]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    head: Any = model.get_output_embeddings()
+    # The paper's class divides its logits by the width's multiplier.
+    multiplier = getattr(model, "multiplier", 1.0)
+    losses = torch.empty(targets.shape, device=windows.device)
+    for start in range(0, len(windows), batch_size):
+        part = slice(start, start + batch_size)
+        logits = head(hidden[part]).flatten(0, 1).float()
+        if multiplier != 1.0:
+            logits = logits * multiplier
+        found = F.cross_entropy(logits, targets[part].flatten(), reduction="none")
+        losses[part] = found.view_as(targets[part])
+    return losses
 
 
 def unigram_entropy(blocks: TokenBlocks, indices: np.ndarray, vocab_size: int) -> float:
@@ -100,7 +121,8 @@ def sample_text(
     ids = given[None, -context:].to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+    devices = [ids.device] if ids.is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.inference_mode():
         torch.manual_seed(seed)
         out = model.generate(  # type: ignore[operator]
             ids,

@@ -49,7 +49,10 @@ class Bench:
         self.state = state_of(self.model)
         self.spec = StateSpec.of(shape, config)
         self.log = RoutingLog(self.settings, self.spec, blocks_of(40))
-        self.log.begin(self.model)
+        self.log.begin(self.choose)
+
+    def choose(self, windows: torch.Tensor) -> torch.Tensor:
+        return chosen_experts(self.model, windows, EXPERTS, 2)
 
     def record(self, layout: Layout = UNEVEN, server_round: int = 1) -> RoundRecord:
         record = RoundRecord(server_round, layout)
@@ -68,7 +71,7 @@ class Bench:
         return record
 
     def close(self, record: RoundRecord) -> tuple[dict[str, float], dict[str, Any]]:
-        return self.log.close(record, self.model, self.state)
+        return self.log.close(record, self.choose, self.state)
 
 
 def column(line: Mapping[str, Any], name: str) -> list[float]:
