@@ -43,7 +43,7 @@ class LayerStream:
     ) -> None:
         self.skeleton, self.weights = skeleton, weights
         self.device, self.batch_size = device, batch_size
-        self._layers = list(skeleton.base_model.layers)  # type: ignore[union-attr]
+        self._layers: list[Any] = list(skeleton.base_model.layers)  # type: ignore[arg-type]
         self._places = _places(skeleton, weights)
         owners = {id(part): i for i, layer in enumerate(self._layers) for part in layer.modules()}
         self._keys: dict[int, list[str]] = {}
@@ -69,9 +69,7 @@ class LayerStream:
         hidden = 4 * num_tokens * int(config.hidden_size)
         logits = 3 * 4 * num_tokens * int(config.vocab_size)
         batch = min(self.batch_size, windows)
-        return (
-            sizes.get(-1, 0) + 2 * max(layers, default=0) + 3 * windows * hidden + batch * logits
-        )
+        return sizes.get(-1, 0) + 2 * max(layers, default=0) + 3 * windows * hidden + batch * logits
 
     @contextmanager
     def open(self) -> Iterator[PreTrainedModel]:
@@ -149,8 +147,8 @@ class LayerStream:
     def _drop(self, index: int) -> None:
         for key in self._keys.get(index, []):
             for module, name in self._places[key]:
-                kind = module._parameters if name in module._parameters else module._buffers
-                kind[name] = kind[name].to("meta")  # type: ignore[union-attr,assignment]
+                kind: Any = module._parameters if name in module._parameters else module._buffers
+                kind[name] = kind[name].to("meta")
 
 
 def _places(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, list[tuple[Any, str]]]:

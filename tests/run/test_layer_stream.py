@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from fomoe_flwr.config import load_settings
 from fomoe_flwr.data.tokens import TokenBlocks
@@ -12,7 +13,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model, build_skeleton
 from fomoe_flwr.model.router_probe import chosen_experts
 from fomoe_flwr.model.state import state_of
-from fomoe_flwr.run.evaluation import evaluate, sample_text
+from fomoe_flwr.run.evaluation import EvalReport, evaluate
 from fomoe_flwr.run.layer_stream import LayerStream
 
 CPU = torch.device("cpu")
@@ -33,10 +34,15 @@ class Bench:
         self.state = state_of(self.model)
         skeleton = build_skeleton(shape, config, device)
         self.stream = LayerStream(skeleton, self.state, device, batch_size)
-        generator = np.random.default_rng(0)
-        ids = generator.integers(0, shape.vocab_size, (7, LENGTH + 1))
-        self.windows = torch.from_numpy(ids)
-        self.blocks = TokenBlocks.__new__(TokenBlocks)
+        tokens = np.random.default_rng(0).integers(0, shape.vocab_size, 7 * LENGTH + 1)
+        domains = np.array([0, 0, 0, 1, 1, 1, 1], dtype=np.int16)
+        self.blocks = TokenBlocks(tokens.astype(np.uint16), domains, ("a", "b"), LENGTH)
+        self.indices = np.arange(7)
+        self.byte_lengths = np.arange(shape.vocab_size) % 5 + 1
+        self.windows = torch.from_numpy(self.blocks.window(self.indices))
+
+    def score(self, model: PreTrainedModel, rows: int = 0) -> EvalReport:
+        return evaluate(model, self.blocks, self.indices, self.byte_lengths, 3, rows)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -62,6 +68,31 @@ def test_a_stream_chooses_the_whole_models_experts(model: str) -> None:
     with bench.stream.open() as streamed:
         found = chosen_experts(streamed, ids, experts, top_k, batch_size=len(ids))
     assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_stream_scores_as_the_whole_model_does(model: str) -> None:
+    bench = Bench(model)
+    whole = bench.score(bench.model)
+    for rows in (3, 4, 7):
+        with bench.stream.open() as streamed:
+            found = bench.score(streamed, rows)
+        assert found.tokens == whole.tokens
+        assert found.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert found.domain_bits_per_byte == pytest.approx(whole.domain_bits_per_byte, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", MODELS)
+def test_a_gpu_scores_and_chooses_as_the_cpu_does(model: str) -> None:
+    bench = Bench(model, device=torch.device("cuda"))
+    whole = bench.score(bench.model)
+    with bench.stream.open() as streamed:
+        found = bench.score(streamed, 7)
+    assert found.loss == pytest.approx(whole.loss, rel=1e-4)
+    with bench.stream.whole() as whole_there:
+        assert bench.score(whole_there).loss == pytest.approx(whole.loss, rel=1e-4)
+    assert all(p.is_meta for p in bench.stream.skeleton.parameters())
 
 
 def test_nothing_stays_on_the_device_and_new_weights_count() -> None:
