@@ -31,6 +31,7 @@ from fomoe_flwr.parallel.torch_team import TorchTeam
 from fomoe_flwr.report.environment import environment
 from fomoe_flwr.worker.step_benchmark import RandomBatches
 from fomoe_flwr.worker.trainer import LocalTrainer
+from fomoe_flwr.worker.training_model import TrainingModel
 
 ON_GPU = (
     # 1.7 billion parameters, of which a token uses 0.3.
@@ -64,13 +65,12 @@ def take_steps(job: Job, joined: TorchTeam) -> dict[str, Any]:
     model = build_model(shape, config, residents, device=device, empty=True, arrange=team.arrange)
     load_state(model, state_of(full))
     del full
-    execution = Execution.choose(settings.execution, device, shape.vocab_size)
+    execution = Execution.choose(settings, device, team.size)
     execution.prepare(model)
     team.take(model)
     batches = RandomBatches(settings, device)
-    trainer = LocalTrainer(
-        model, settings, residents, lambda position: batches, team=team, execution=execution
-    )
+    training = TrainingModel(model, settings, team, execution)
+    trainer = LocalTrainer(training, settings, residents, lambda position: batches)
     trainer.train(job["warm_steps"])
     trainer.probe.forget()
     # What is measured begins at the schedule's start again.

@@ -20,6 +20,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.state import state_of
 from fomoe_flwr.worker.trainer import LocalReport, LocalTrainer
+from fomoe_flwr.worker.training_model import TrainingModel
 
 SHAPE = micro_model(num_experts=4)
 RESIDENTS = ((0, 2), (1, 2, 3))
@@ -67,7 +68,7 @@ def trainer_of(
 ) -> LocalTrainer:
     settings = Settings(model=shape, local=local, balance=balance, rounds=100)
     return LocalTrainer(
-        model,
+        TrainingModel(model, settings),
         settings,
         RESIDENTS,
         lambda position: Given(batches),
@@ -84,7 +85,8 @@ def run(
     balance_loss: float = 0.0,
 ) -> LocalReport:
     balance = BalanceSettings(loss=balance_loss)
-    with closing(trainer_of(model, local, batches, first_step, balance=balance)) as trainer:
+    trainer = trainer_of(model, local, batches, first_step, balance=balance)
+    with closing(trainer), closing(trainer.training):
         return trainer.train(local.steps)
 
 

@@ -11,6 +11,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.worker.step_benchmark import RandomBatches
 from fomoe_flwr.worker.trainer import LocalTrainer
+from fomoe_flwr.worker.training_model import TrainingModel
 
 
 class LocalWorker:
@@ -22,7 +23,9 @@ class LocalWorker:
         self.settings = settings
         self.model = build_model(model, config, residents, seed=0)
         batches = RandomBatches(settings, torch.device("cpu"))
-        self.trainer = LocalTrainer(self.model, settings, residents, lambda position: batches)
+        self.trainer = LocalTrainer(
+            TrainingModel(self.model, settings), settings, residents, lambda position: batches
+        )
         self.probe = self.trainer.probe
         self.gradient_bytes = 0
         self.trainer.optimizer.register_step_pre_hook(self._weigh_gradients)

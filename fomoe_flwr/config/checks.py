@@ -250,14 +250,14 @@ def _check_privacy(settings: Settings) -> None:
 
 def _check_execution(settings: Settings) -> None:
     execution, precision = settings.execution, settings.local.precision
-    if execution.cuda_graph and precision == "float32":
+    if execution.cuda_graph == "on" and precision == "float32":
         raise SettingsError(
-            "execution.cuda_graph=true needs local.precision=bfloat16 or bfloat16_parameters (got "
+            "execution.cuda_graph=on needs local.precision=bfloat16 or bfloat16_parameters (got "
             "float32): in fp32 PyTorch's grouped products wait for the device"
         )
-    if execution.cuda_graph and execution.experts not in ("auto", "static"):
+    if execution.cuda_graph == "on" and execution.experts not in ("auto", "static"):
         raise SettingsError(
-            f"execution.cuda_graph=true needs execution.experts=static or auto (got "
+            f"execution.cuda_graph=on needs execution.experts=static or auto (got "
             f"{execution.experts}): the other cores wait for the device"
         )
 
@@ -269,9 +269,10 @@ def _check_parallel(settings: Settings) -> None:
             f"local.processes={local.processes} contradicts local.parallel=none: use 0 or 1, or "
             "local.parallel=auto"
         )
-    if settings.execution.cuda_graph and (local.processes > 1 or local.parallel in ("ddp", "fsdp")):
+    is_split = local.processes > 1 or local.parallel in ("ddp", "fsdp")
+    if settings.execution.cuda_graph == "on" and is_split:
         raise SettingsError(
-            f"execution.cuda_graph=True belongs to one process: local.parallel={local.parallel} "
+            f"execution.cuda_graph=on belongs to one process: local.parallel={local.parallel} "
             f"and local.processes={local.processes} must be none or auto, and 0 or 1"
         )
 

@@ -163,12 +163,23 @@ def _typed(node: Any, overrides: Iterable[Override] = ()) -> Settings:
     try:
         # A composed config already carries the schema and would wave `+extra` keys through.
         plain = OmegaConf.to_container(node, resolve=True)
-        merged = OmegaConf.merge(_schema(), OmegaConf.create(literal(plain)))
+        merged = OmegaConf.merge(_schema(), OmegaConf.create(literal(_respelt(plain))))
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _explain(error, overrides) from error
     assert isinstance(settings, Settings)
     return settings
+
+
+def _respelt(plain: Any) -> Any:
+    """Read true and false where a word took their place."""
+    execution = plain.get("execution") if isinstance(plain, dict) else None
+    if isinstance(execution, dict):
+        words = {"true": "on", "false": "off"}
+        given = execution.get("cuda_graph")
+        respelt = words.get(str(given).lower(), given)
+        plain = plain | {"execution": execution | {"cuda_graph": respelt}}
+    return plain
 
 
 @cache

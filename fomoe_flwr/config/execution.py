@@ -23,6 +23,19 @@ def is_heap_held(settings: ExecutionSettings, device: str) -> bool:
     return settings.hold_heap and device == "cpu"
 
 
+def is_graphed(
+    settings: ExecutionSettings, device: str, precision: str, num_processes: int = 1
+) -> bool:
+    """Tell whether a step is captured as a CUDA graph and replayed.
+
+    auto: wherever it can be. The host then launches nothing, and never waits for the device.
+    """
+    if device != "cuda" or settings.cuda_graph == "off":
+        return False
+    can = precision != "float32" and settings.experts in ("auto", "static") and num_processes == 1
+    return can or settings.cuda_graph == "on"
+
+
 def is_compiled(settings: ExecutionSettings, device: str) -> bool:
     """Tell whether attention, norms and router losses are compiled on a device."""
     return settings.compile == "on" or (settings.compile == "auto" and device == "cuda")

@@ -63,8 +63,9 @@ class ExecutionSettings:
     """chunked: never all logits at once. auto: chunked on a GPU, and for large vocabularies."""
     compile: str = choice("auto", "auto", "on", "off")
     """Compile attention, norms and router losses. auto: on a GPU."""
-    cuda_graph: bool = False
-    """Capture a step's passes once a round and replay them: for models too small for their GPU."""
+    cuda_graph: str = choice("auto", "auto", "on", "off")
+    """Capture a step's passes once and replay them, in every round. auto: on a GPU, in bfloat16,
+    with one process a worker."""
     checkpoint_activations: bool = False
     """Keep only the inputs of layers, and run layers again in the backward pass."""
     hold_heap: bool = True

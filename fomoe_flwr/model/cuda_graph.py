@@ -45,6 +45,7 @@ class GraphedPass:
         # Gradients that do not exist yet are allocated inside the capture, and overwritten by
         # every replay: nobody has to set them to zero.
         self._first, self._first_results = self._capture()
+        self._gradients = [parameter.grad for parameter in parameters]
         forget()
         self._further: torch.cuda.CUDAGraph | None = None
         self._further_results: tuple[Tensor, ...] = ()
@@ -60,6 +61,11 @@ class GraphedPass:
             self._further, self._further_results = self._capture(self._first)
         self._further.replay()
         return tuple(result.clone() for result in self._further_results)
+
+    def lend_gradients(self) -> None:
+        """Give the parameters the graph's gradients, if they were dropped."""
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
 
     def _capture(
         self, beside: torch.cuda.CUDAGraph | None = None

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fomoe_flwr.config import ExecutionSettings
-from fomoe_flwr.config.execution import is_compiled, is_loss_chunked
+from fomoe_flwr.config import Settings
+from fomoe_flwr.config.execution import is_compiled, is_graphed, is_loss_chunked
 from fomoe_flwr.model.attention import attend_to_full_windows
 from fomoe_flwr.model.experts import set_core
 from fomoe_flwr.model.residency import moe_blocks
@@ -26,17 +26,16 @@ class Execution:
     checkpoint_activations: bool = False
 
     @classmethod
-    def choose(
-        cls, settings: ExecutionSettings, device: torch.device, vocab_size: int
-    ) -> Execution:
-        """Resolve `auto` by device and vocabulary; without a GPU there is no CUDA graph."""
-        graph = settings.cuda_graph and device.type == "cuda"
+    def choose(cls, settings: Settings, device: torch.device, num_processes: int = 1) -> Execution:
+        """Resolve `auto` by device, vocabulary, precision and processes of a worker."""
+        given, kind = settings.execution, device.type
+        graph = is_graphed(given, kind, settings.local.precision, num_processes)
         return cls(
-            experts="static" if graph and settings.experts == "auto" else settings.experts,
-            chunked_loss=is_loss_chunked(settings, device.type, vocab_size),
-            compiled=is_compiled(settings, device.type),
+            experts="static" if graph and given.experts == "auto" else given.experts,
+            chunked_loss=is_loss_chunked(given, kind, settings.model.vocab_size),
+            compiled=is_compiled(given, kind),
             cuda_graph=graph,
-            checkpoint_activations=settings.checkpoint_activations,
+            checkpoint_activations=given.checkpoint_activations,
         )
 
     def prepare(self, model: PreTrainedModel) -> None:

@@ -67,13 +67,7 @@ class RouterProbe:
     ) -> None:
         self.num_experts = num_experts
         self._losses = compiled_losses() if compiled else router_losses
-        self._layers = {
-            layer: _Listener(block, num_experts, None if residents is None else residents[layer])
-            for layer, block in moe_blocks(model)
-        }
-        if pooled_share is not None:
-            for layer, listener in self._layers.items():
-                listener.pool(pooled_share[layer])
+        self._layers = {layer: _Listener(block) for layer, block in moe_blocks(model)}
         self._pending: list[tuple[Tensor, Tensor]] = []
         # Activation checkpointing runs layers again in backward: that is not another forward pass.
         self._is_forward = True
@@ -83,6 +77,24 @@ class RouterProbe:
             listener.block.gate.register_forward_hook(self._hook(model, listener))
             for listener in self._layers.values()
         ]
+        self.begin(residents, pooled_share)
+
+    def begin(self, residents: Residents | None, pooled_share: Tensor | None) -> bool:
+        """Begin to count anew, for these residents.
+
+        Return whether a captured pass still reads and writes what this object does.
+        """
+        self._pending = []
+        self.forget()
+        same = [
+            listener.begin(
+                self.num_experts,
+                None if residents is None else residents[layer],
+                None if pooled_share is None else pooled_share[layer],
+            )
+            for layer, listener in self._layers.items()
+        ]
+        return all(same)
 
     def close(self) -> None:
         """Stop listening."""
@@ -163,25 +175,42 @@ class RouterProbe:
 class _Listener:
     """What one router did: counters on its own device."""
 
-    def __init__(self, block: Any, num_experts: int, residents: Sequence[int] | None) -> None:
+    def __init__(self, block: Any) -> None:
         self.block = block
         self.is_sigmoid = getattr(block.gate, "score_function", "softmax") == "sigmoid"
         self.slots: Tensor | None = getattr(block.experts, "slot_of_expert", None)
+        self.scored: list[int] = []
+        self.pooled_E: Tensor | None = None
+        self.top_k = 0
+        self.load_E = self.step_load_E = torch.zeros(0, dtype=torch.long)
+        self.all_ghost = torch.zeros((), dtype=torch.long)
+
+    def begin(
+        self, num_experts: int, residents: Sequence[int] | None, share_E: Tensor | None
+    ) -> bool:
+        """Write under these experts' ids; return whether all tensors are still the same."""
+        before = self.pooled_E, self.load_E
         self.scored = list(range(num_experts))
         if residents is not None and self.slots is None:
             # `partitioned`: the router counts slots; write them down under their global ids.
             self.scored = list(residents)
-        self.pooled_E: Tensor | None = None
-        self.top_k = 0
-        self.load_E = torch.zeros(len(self.scored), dtype=torch.long)
-        self.step_load_E = torch.zeros_like(self.load_E)
-        self.all_ghost = torch.zeros((), dtype=torch.long)
+        if len(self.scored) != len(self.load_E):
+            self.load_E = torch.zeros(len(self.scored), dtype=torch.long)
+            self.step_load_E = torch.zeros_like(self.load_E)
+            self.all_ghost = torch.zeros((), dtype=torch.long)
+        self._pool(None if share_E is None else share_E[self.scored])
+        return before[0] is self.pooled_E and before[1] is self.load_E
 
-    def pool(self, share_E: Tensor) -> None:
+    def _pool(self, held_E: Tensor | None) -> None:
         """Take the shares of all workers in the round before."""
-        held_E = share_E[self.scored]
-        if held_E.any():  # else nobody who holds these experts was heard of
-            self.pooled_E = (held_E / held_E.sum()).float()
+        if held_E is None or not held_E.any():  # nobody who holds these experts was heard of
+            self.pooled_E = None
+            return
+        pooled_E = (held_E / held_E.sum()).float()
+        if self.pooled_E is None or len(self.pooled_E) != len(pooled_E):
+            self.pooled_E = pooled_E
+        else:
+            self.pooled_E.copy_(pooled_E)
 
     def count(self, chosen_TK: Tensor, load_E: Tensor) -> None:
         """Add one forward pass."""

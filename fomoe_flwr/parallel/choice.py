@@ -18,14 +18,14 @@ def num_processes(settings: Settings, device: str, num_gpus: int) -> int:
     """Return how many processes train a worker on a node that has these GPUs.
 
     `local.processes=0` means one for every GPU that gets something to do; without a GPU, and with
-    CUDA graphs, which belong to one process, it means one. Raises SettingsError if the node has
-    fewer GPUs than `local.processes`, or if a step cannot be split among so many.
+    `execution.cuda_graph=on`, which belongs to one process, it means one. Raises SettingsError if
+    the node has fewer GPUs than `local.processes`, or if a step cannot be split among so many.
     """
     local = settings.local
     if local.parallel == "none":
         return 1
     if local.processes == 0:
-        is_one = device != "cuda" or settings.execution.cuda_graph
+        is_one = device != "cuda" or settings.execution.cuda_graph == "on"
         return 1 if is_one else most_processes(local, max(1, num_gpus))
     if device == "cuda" and local.processes > num_gpus:
         raise SettingsError(

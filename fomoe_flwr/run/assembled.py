@@ -18,6 +18,7 @@ from fomoe_flwr.model.router_probe import chosen_experts
 from fomoe_flwr.model.state import State
 from fomoe_flwr.run.evaluation import EvalReport, evaluate, sample_text
 from fomoe_flwr.run.layer_stream import LayerStream
+from fomoe_flwr.worker.cache import CACHE
 from fomoe_flwr.worker.device import pick_device
 
 _SPARE = 0.9
@@ -99,10 +100,16 @@ class AssembledModel:
 
 
 def _has_room(device: torch.device, needed: int) -> bool:
-    """Tell whether so many bytes can be had on a GPU; give back what torch only keeps."""
+    """Tell whether so many bytes can be had on a GPU.
+
+    If not, what waits there for the next round is given back first.
+    """
 
     def free() -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(_SPARE * (torch.cuda.mem_get_info(device)[0] + unused))
 
+    if needed > free():
+        CACHE.drop_model()
+        torch.cuda.empty_cache()
     return needed <= free()

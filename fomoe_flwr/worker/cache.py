@@ -26,6 +26,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, fill_slots
 from fomoe_flwr.model.state import StateSpec, cast_parameters
 from fomoe_flwr.parallel.team import ALONE, Team
+from fomoe_flwr.worker.training_model import TrainingModel
 
 MOST_ENTRIES = 4
 """Settings, specs and texts that are kept; models are large, of them there is one."""
@@ -43,12 +44,18 @@ class WorkerCache:
         self._settings: _Latest[Settings] = _Latest()
         self._specs: _Latest[tuple[PreTrainedConfig, StateSpec]] = _Latest()
         self._texts: _Latest[NodeText] = _Latest()
-        self._models: dict[str, PreTrainedModel] = {}
+        self._models: dict[str, TrainingModel] = {}
 
     def clear(self) -> None:
         """Forget everything."""
         for kept in (self._settings, self._specs, self._texts):
             kept.clear()
+        self.drop_model()
+
+    def drop_model(self) -> None:
+        """Give back the memory of the model that waits for the next round."""
+        for model in self._models.values():
+            model.close()
         self._models.clear()
 
     def settings(self, fields: Mapping[str, Any]) -> Settings:
@@ -75,7 +82,7 @@ class WorkerCache:
         residents: Residents,
         device: torch.device,
         team: Team = ALONE,
-    ) -> Iterator[PreTrainedModel]:
+    ) -> Iterator[TrainingModel]:
         """Lend a model of these residents, prepared for its execution, with weights of any value.
 
         The model is split among the team; a process belongs to one team at most.
@@ -83,14 +90,15 @@ class WorkerCache:
         A model of the same shapes is used again. If a round failed, its model is not used again:
         nobody knows what the round left in it.
         """
-        shape, execution, length = settings.model, settings.execution, settings.data.sequence_length
         counts = [len(layer) for layer in residents]
-        # `local` belongs to the key too: its precision changes the model.
-        key = repr((shape, execution, settings.local, length, counts, device, team.name))
-        model = self._models.pop(key, None)
+        # `local` and `balance` belong to the key too: they change the model and its passes.
+        of_model = settings.model, settings.data.sequence_length, settings.execution
+        of_passes = settings.local, settings.balance
+        key = repr((of_model, of_passes, counts, device, team.name))
+        training = self._models.pop(key, None)
         # Drop the old model first: memory holds only one.
-        self._models.clear()
-        if model is None:
+        self.drop_model()
+        if training is None:
             team.let_go()
             config = self._spec(settings)[0]
 
@@ -100,15 +108,17 @@ class WorkerCache:
                 team.arrange(built)
 
             model = build_model(
-                shape, config, residents, device=device, empty=True, arrange=arrange
+                settings.model, config, residents, device=device, empty=True, arrange=arrange
             )
-            Execution.choose(execution, device, shape.vocab_size).prepare(model)
+            execution = Execution.choose(settings, device, team.size)
+            execution.prepare(model)
             team.take(model)
+            training = TrainingModel(model, settings, team, execution)
         else:
-            fill_slots(model, residents)
-        yield model
-        model.zero_grad(set_to_none=True)
-        self._models = {key: model}
+            fill_slots(training.model, residents)
+        yield training
+        training.model.zero_grad(set_to_none=True)
+        self._models = {key: training}
 
     def _spec(self, settings: Settings) -> tuple[PreTrainedConfig, StateSpec]:
         def make() -> tuple[PreTrainedConfig, StateSpec]:

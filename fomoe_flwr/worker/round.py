@@ -125,14 +125,13 @@ def run_round(
     received, current = starting_weights(task)
     heap = held_heap(is_heap_held(settings.execution, device.type))
     lent = CACHE.model(settings, task.residents, device, team)
-    with heap, _threads(local.threads // team.size), lent as model:
+    with heap, _threads(local.threads // team.size), lent as training:
         trainer = LocalTrainer(
-            model,
+            training,
             settings,
             task.residents,
             open_batches,
             first_step=task.first_step,
-            team=team,
             pooled_share=task.pooled_share,
         )
         with closing(trainer):

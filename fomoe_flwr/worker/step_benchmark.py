@@ -33,6 +33,7 @@ from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import cast_parameters
 from fomoe_flwr.worker.heap import held_heap
 from fomoe_flwr.worker.trainer import LocalTrainer
+from fomoe_flwr.worker.training_model import TrainingModel
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
 STOCK, PLAIN = "stock grouped_mm", "plain Trainer step"
@@ -97,7 +98,7 @@ class Variant:
         self.model: PreTrainedModel = build_model(
             shape, config, held, device=device, seed=settings.seed
         )
-        execution = Execution.choose(settings.execution, device, shape.vocab_size)
+        execution = Execution.choose(settings, device)
         if label in (STOCK, PLAIN):
             self.model.set_experts_implementation("grouped_mm")
         if label == PLAIN:
@@ -105,8 +106,9 @@ class Variant:
         execution.prepare(self.model)
         cast_parameters(self.model, settings.local.precision)
         self.batches = RandomBatches(settings, device)
+        training = TrainingModel(self.model, self.settings, execution=execution)
         self.trainer = LocalTrainer(
-            self.model, self.settings, residents, lambda position: self.batches, execution=execution
+            training, self.settings, residents, lambda position: self.batches
         )
         self.probe = self.trainer.probe
         if label == PLAIN:

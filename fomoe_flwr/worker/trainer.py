@@ -7,25 +7,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fomoe_flwr.config import Settings
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.model.cuda_graph import GraphedPass
-from fomoe_flwr.model.execution import Execution
-from fomoe_flwr.model.head_loss import head_loss
 from fomoe_flwr.model.residency import Residents
-from fomoe_flwr.model.router_probe import RouterProbe, RoutingCounts, chosen_experts
+from fomoe_flwr.model.router_probe import RoutingCounts, chosen_experts
 from fomoe_flwr.model.shards import FullTensors, whole
 from fomoe_flwr.model.state import State, StateSpec, load_state, state_of
-from fomoe_flwr.parallel.team import ALONE, Team
 from fomoe_flwr.worker.inner_state import InnerState
 from fomoe_flwr.worker.optimizer import learning_rate, make_optimizer
+from fomoe_flwr.worker.training_model import TrainingModel
 
 if TYPE_CHECKING:
     # Reading text takes libraries that a step does not need.
@@ -64,52 +60,41 @@ class LocalTrainer:
 
     Parameters
     ----------
-    model
-        A model of the worker's residents, prepared for `execution` and parted among `team`.
+    training
+        A model of the worker's residents, and its passes.
     settings
         The run's settings. Their `rounds * local.steps` is the length of the schedule.
     open_batches
         Opens the worker's text at a batch of the run.
     first_step
         Steps of the run that lie behind.
-    execution
-        What the model was prepared with; None resolves the settings for the model's device.
     pooled_share
         [num_layers, num_experts] shares of assignments of all workers, for the balance loss.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        training: TrainingModel,
         settings: Settings,
         residents: Residents,
         open_batches: Callable[[int], Batches],
         *,
         first_step: int = 0,
-        team: Team = ALONE,
-        execution: Execution | None = None,
         pooled_share: Tensor | None = None,
     ) -> None:
-        shape, local = settings.model, settings.local
-        self.model, self.settings, self.residents, self.team = model, settings, residents, team
-        self.device = next(model.parameters()).device
-        self.execution = execution or Execution.choose(
-            settings.execution, self.device, shape.vocab_size
-        )
+        local, model = settings.local, training.model
+        self.training, self.model, self.team = training, model, training.team
+        self.settings, self.residents = settings, residents
+        training.begin(residents, pooled_share)
+        self.probe = training.probe
         self.optimizer = make_optimizer(model, local)
-        self.inner = InnerState(model, self.optimizer, local, shape.routing_mode, residents)
+        self.inner = InnerState(
+            model, self.optimizer, local, settings.model.routing_mode, residents
+        )
         self.batches = open_batches(first_step * local.accumulate)
         self.step = first_step
         """Steps of the run that are done."""
-        self.probe = RouterProbe(
-            model,
-            shape.num_experts,
-            residents,
-            pooled_share=pooled_share,
-            compiled=self.execution.compiled,
-        )
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._passes = team.passes(local)
 
     def adopt(self, weights: State) -> None:
         """Copy new weights into the model; optimizer and data position stay."""
@@ -140,8 +125,7 @@ class LocalTrainer:
         return self.inner.moments(name)
 
     def close(self) -> None:
-        """Let go of optimizer and router counts; the weights stay in the model."""
-        self.probe.close()
+        """Let go of the optimizer; the weights stay in the model."""
         # Two thirds of the training state, and nobody asks for it any more.
         self.optimizer.state.clear()
 
@@ -169,6 +153,7 @@ class LocalTrainer:
         its weights.
         """
         local, team, first_step = self.settings.local, self.team, self.step
+        training, device = self.training, self.training.device
         self.model.train()
         started = time.perf_counter()
         losses, norms, tokens, rate = [], [], 0, local.lr
@@ -177,13 +162,13 @@ class LocalTrainer:
             rate = self._set_rate()
             if graph is None:
                 self.optimizer.zero_grad(set_to_none=True)
-            step_losses = torch.zeros(2, device=self.device)
-            micro_batches = team.micro_batches(self.batches, local, self.device)
+            step_losses = torch.zeros(2, device=device)
+            micro_batches = team.micro_batches(self.batches, local, device)
             for index, (windows, weight) in enumerate(micro_batches):
-                if self.execution.cuda_graph and graph is None:
-                    graph = GraphedPass(self._pass, windows, self._parameters, self.probe.forget)
-                results = graph(windows, index == 0) if graph else self._pass(windows, weight)
-                step_losses += torch.stack(results) / (self._passes / weight)
+                graph = graph or training.capture(windows, self._parameters)
+                run = training.run_pass
+                results = graph(windows, index == 0) if graph else run(windows, weight)
+                step_losses += torch.stack(results) / (training.num_passes / weight)
                 tokens += windows[:, 1:].numel()
             norms.append(self._clip())
             self.inner.step(rate)
@@ -211,17 +196,6 @@ class LocalTrainer:
             routing=self.probe.counts.over(team.sum),
         )
 
-    def _pass(self, windows: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Add one micro-batch's gradients; return its cross entropy and its balance loss."""
-        local, balance = self.settings.local, self.settings.balance
-        loss = self.team.run(
-            token_loss, self.model, windows, local.precision, self.execution.chunked_loss
-        )
-        routers = self.probe.losses()
-        extra = balance.loss * routers.balance + balance.z_loss * routers.z
-        ((loss + extra) / (self._passes / weight)).backward()
-        return loss.detach(), routers.balance.detach().to(self.device)
-
     def _set_rate(self) -> float:
         """Give the optimizer the rate of the next step, and return it."""
         local = self.settings.local
@@ -245,22 +219,3 @@ class LocalTrainer:
         elif limit > 0:
             nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
         return norm.detach().float()
-
-
-def token_loss(
-    model: PreTrainedModel, windows: Tensor, precision: str = "float32", chunked: bool = False
-) -> Tensor:
-    """Return the mean cross entropy (nats per token) of [B, S + 1] windows.
-
-    With `chunked` the logits of all tokens never exist at once; see `model.head_loss`.
-    """
-    ids, targets = windows[:, :-1], windows[:, 1:].flatten()
-    with torch.autocast(windows.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        if not chunked:
-            logits = model(input_ids=ids, use_cache=False).logits
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        head: Any = model.get_output_embeddings()
-        # The paper's class divides its logits by the width's multiplier.
-        multiplier = getattr(model, "multiplier", 1.0)
-        return head_loss(hidden.flatten(0, 1), head.weight, targets, multiplier)

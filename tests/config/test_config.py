@@ -247,13 +247,13 @@ def test_a_layout_that_cannot_be_drawn_is_refused_with_values_that_work(
     ("words", "expected"),
     [
         (
-            ["execution.cuda_graph=true"],
-            "execution.cuda_graph=true needs local.precision=bfloat16 or bfloat16_parameters "
+            ["execution.cuda_graph=on"],
+            "execution.cuda_graph=on needs local.precision=bfloat16 or bfloat16_parameters "
             "(got float32): in fp32 PyTorch's grouped products wait for the device",
         ),
         (
-            ["execution.cuda_graph=true", "local.precision=bfloat16", "execution.experts=fused"],
-            "execution.cuda_graph=true needs execution.experts=static or auto (got fused): the "
+            ["execution.cuda_graph=on", "local.precision=bfloat16", "execution.experts=fused"],
+            "execution.cuda_graph=on needs execution.experts=static or auto (got fused): the "
             "other cores wait for the device",
         ),
         (
@@ -264,3 +264,17 @@ def test_a_layout_that_cannot_be_drawn_is_refused_with_values_that_work(
 )
 def test_executions_that_cannot_be(words: list[str], expected: str) -> None:
     assert refusal("preset=tiny", *words).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("true", "on"), ("True", "on"), ("false", "off"), ("auto", "auto")]
+)
+def test_a_graph_may_be_asked_for_in_the_words_of_earlier_versions(given: str, meant: str) -> None:
+    words = ["preset=tiny", "local.precision=bfloat16", f"execution.cuda_graph={given}"]
+    assert load_settings(words).execution.cuda_graph == meant
+
+
+def test_a_stored_switch_is_read_as_a_word() -> None:
+    fields = load_settings(["preset=tiny"]).to_dict()
+    fields["execution"]["cuda_graph"] = False
+    assert settings_from_dict(fields).execution.cuda_graph == "off"

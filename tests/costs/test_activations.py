@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomoe_flwr.config import ExecutionSettings, ModelSettings, load_settings
+from fomoe_flwr.config import ExecutionSettings, ModelSettings, Settings, load_settings
 from fomoe_flwr.costs import memory_bytes, parameter_counts, summary
 from fomoe_flwr.costs.activations import (
     Step,
@@ -23,7 +23,7 @@ from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.worker.trainer import token_loss
+from fomoe_flwr.worker.training_model import token_loss
 
 SHAPE = ModelSettings(
     num_layers=3,
@@ -42,8 +42,9 @@ def kept_by_autograd(model: ModelSettings, held: int, checkpointed: bool) -> tup
     """Return the bytes of storages that a forward pass saves, and the resident share."""
     residents = (tuple(range(held)),) * model.num_layers
     built = build_model(model, transformers_config(model, SEQUENCE), residents, seed=0).train()
-    settings = ExecutionSettings(loss="whole", checkpoint_activations=checkpointed)
-    Execution.choose(settings, torch.device("cpu"), model.vocab_size).prepare(built)
+    execution = ExecutionSettings(loss="whole", checkpoint_activations=checkpointed)
+    settings = Settings(model=model, execution=execution)
+    Execution.choose(settings, torch.device("cpu")).prepare(built)
     probe = RouterProbe(built, model.num_experts, residents)
     own = {t.untyped_storage().data_ptr() for t in (*built.parameters(), *built.buffers())}
     kept: dict[int, Tensor] = {}
@@ -119,9 +120,7 @@ def test_the_predicted_step_is_the_one_that_is_executed(
         ["preset=demo", f"execution.loss={loss}", f"execution.compile={compiled}"]
     )
     step = step_of(settings, 0.5, device)
-    execution = Execution.choose(
-        settings.execution, torch.device(device), settings.model.vocab_size
-    )
+    execution = Execution.choose(settings, torch.device(device))
     assert (step.chunk_bytes > 0) == execution.chunked_loss
     assert step.compiled == execution.compiled
 

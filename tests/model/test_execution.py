@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fomoe_flwr.config import (
     BalanceSettings,
@@ -19,9 +21,10 @@ from fomoe_flwr.config import (
 )
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
-from fomoe_flwr.model.residency import build_model
-from fomoe_flwr.model.state import state_of
+from fomoe_flwr.model.residency import Residents, build_model, fill_slots
+from fomoe_flwr.model.state import load_state, state_of
 from fomoe_flwr.worker.trainer import LocalReport, LocalTrainer
+from fomoe_flwr.worker.training_model import TrainingModel
 
 FAMILIES = ("olmoe", "qwen3-moe", "mixtral", "deepseek-v3", "glm4-moe", "fomoe")
 LOCAL = LocalSettings(steps=3, lr=0.05, warmup_steps=0, schedule="constant", optimizer="sgd")
@@ -58,12 +61,10 @@ def trained(
     )
     if execution is not None:
         execution.prepare(model)
+    settings = Settings(model=shape, local=local, balance=BALANCE, rounds=100)
+    training = TrainingModel(model, settings, execution=execution or Execution())
     trainer = LocalTrainer(
-        model,
-        Settings(model=shape, local=local, balance=BALANCE, rounds=100),
-        RESIDENTS,
-        lambda position: Given(torch.device(device)),
-        execution=execution or Execution(),
+        training, settings, RESIDENTS, lambda position: Given(torch.device(device))
     )
     report = trainer.train(local.steps)
     return {key: value.clone().cpu() for key, value in state_of(model).items()}, report
@@ -162,16 +163,74 @@ def test_the_result_is_the_same_on_a_gpu(
         (ExecutionSettings(), "cpu", 50304, Execution(chunked_loss=True)),
         (ExecutionSettings(loss="whole"), "cpu", 50304, Execution()),
         (ExecutionSettings(), "cuda", 4096, Execution(chunked_loss=True, compiled=True)),
-        (ExecutionSettings(cuda_graph=True), "cpu", 4096, Execution()),
-        (
-            ExecutionSettings(cuda_graph=True, compile="off"),
-            "cuda",
-            4096,
-            Execution(experts="static", chunked_loss=True, cuda_graph=True),
-        ),
     ],
 )
 def test_auto_is_resolved_by_device_and_vocabulary(
     settings: ExecutionSettings, device: str, vocabulary: int, expected: Execution
 ) -> None:
-    assert Execution.choose(settings, torch.device(device), vocabulary) == expected
+    model = replace(shape_of("olmoe"), vocab_size=vocabulary)
+    given = Settings(model=model, execution=settings, local=LOCAL)
+    assert Execution.choose(given, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("graph", "device", "precision", "experts", "processes", "is_on"),
+    [
+        ("auto", "cuda", "bfloat16", "auto", 1, True),
+        ("auto", "cuda", "bfloat16_parameters", "static", 1, True),
+        ("on", "cuda", "bfloat16", "auto", 1, True),
+        ("auto", "cpu", "bfloat16", "auto", 1, False),
+        ("on", "cpu", "bfloat16", "auto", 1, False),
+        ("auto", "cuda", "float32", "auto", 1, False),
+        ("auto", "cuda", "bfloat16", "fused", 1, False),
+        ("auto", "cuda", "bfloat16", "auto", 2, False),
+        ("off", "cuda", "bfloat16", "auto", 1, False),
+    ],
+)
+def test_a_step_is_captured_where_it_can_be(
+    graph: str, device: str, precision: str, experts: str, processes: int, is_on: bool
+) -> None:
+    settings = Settings(
+        model=shape_of("olmoe"),
+        execution=ExecutionSettings(cuda_graph=graph, experts=experts),
+        local=LocalSettings(precision=precision),
+    )
+    chosen = Execution.choose(settings, torch.device(device), processes)
+    assert chosen.cuda_graph == is_on
+    assert chosen.experts == ("static" if is_on else experts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_captured_pass_serves_the_next_worker(family: str, accumulate: int) -> None:
+    shape = replace(shape_of(family), num_experts=6, num_layers=2)
+    local = replace(LOCAL, precision="bfloat16", accumulate=accumulate)
+    settings = Settings(model=shape, local=local, balance=BALANCE, rounds=100)
+    device, execution = torch.device("cuda"), Execution(experts="static", cuda_graph=True)
+    other = tuple(tuple(5 - expert for expert in layer) for layer in RESIDENTS)
+
+    def model_of(residents: Residents) -> PreTrainedModel:
+        config = transformers_config(shape, 16)
+        model = build_model(shape, config, residents, seed=3, device=device)
+        execution.prepare(model)
+        return model
+
+    def train(training: TrainingModel, residents: Residents) -> LocalReport:
+        trainer = LocalTrainer(training, settings, residents, lambda position: Given(device))
+        with closing(trainer):
+            return trainer.train(local.steps)
+
+    alone = TrainingModel(model_of(other), settings, execution=execution)
+    want = train(alone, other)
+    second = TrainingModel(model_of(RESIDENTS), settings, execution=execution)
+    train(second, RESIDENTS)
+    graph = second._graph
+    fill_slots(second.model, other)
+    load_state(second.model, state_of(model_of(other)))
+    got = train(second, other)
+    assert second._graph is graph is not None
+    assert got.loss == pytest.approx(want.loss, rel=1e-3)
+    assert got.routing.load.sum() == want.routing.load.sum()
+    for key, value in state_of(alone.model).items():
+        torch.testing.assert_close(state_of(second.model)[key], value, rtol=2e-2, atol=2e-2)

@@ -31,7 +31,7 @@ from fomoe_flwr.model.residency import build_model, moe_blocks
 from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import state_of
 from fomoe_flwr.run.export import export_model
-from fomoe_flwr.worker.trainer import token_loss
+from fomoe_flwr.worker.training_model import token_loss
 
 SHAPE = micro_model(
     family="fomoe",

@@ -25,7 +25,7 @@ from fomoe_flwr.model.residency import Residents, build_model, moe_blocks
 from fomoe_flwr.model.state import load_state, state_of
 from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 from fomoe_flwr.worker.optimizer import make_optimizer
-from fomoe_flwr.worker.trainer import token_loss
+from fomoe_flwr.worker.training_model import token_loss
 
 SHAPE = micro_model()
 LAYOUT = Layout(6, (((0, 2, 5), (1, 3, 4)), ((1, 4), (0, 2, 3, 5))))

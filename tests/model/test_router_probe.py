@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model, moe_blocks
 from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.worker.trainer import token_loss
+from fomoe_flwr.worker.training_model import token_loss
 
 SHAPE = micro_model()
 RESIDENTS = ((0, 2, 5), (1,))

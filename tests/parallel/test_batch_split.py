@@ -95,7 +95,7 @@ def test_no_larger_number_of_processes_would_do(
         (("local.parallel=ddp",), "cuda", 1, 1),
         (("local.processes=2",), "cpu", 0, 2),
         (("local.processes=2",), "cuda", 8, 2),
-        (("execution.cuda_graph=true", "local.precision=bfloat16"), "cuda", 8, 1),
+        (("execution.cuda_graph=on", "local.precision=bfloat16"), "cuda", 8, 1),
     ],
 )
 def test_a_node_uses_all_gpus_that_get_something_to_do(
@@ -114,11 +114,11 @@ def test_more_processes_than_gpus_are_refused() -> None:
     [
         (("local.parallel=none", "local.processes=2"), r"local\.processes=2 contradicts"),
         (
-            ("local.processes=2", "execution.cuda_graph=true", "local.precision=bfloat16"),
+            ("local.processes=2", "execution.cuda_graph=on", "local.precision=bfloat16"),
             "belongs to one process",
         ),
         (
-            ("local.parallel=fsdp", "execution.cuda_graph=true", "local.precision=bfloat16"),
+            ("local.parallel=fsdp", "execution.cuda_graph=on", "local.precision=bfloat16"),
             "belongs to one process",
         ),
         (("local.parallel=tensor",), r"local\.parallel=tensor is not one of auto, none, ddp, fsdp"),

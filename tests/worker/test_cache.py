@@ -22,7 +22,8 @@ from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import load_state, state_of
 from fomoe_flwr.worker import cache as worker_cache
 from fomoe_flwr.worker.cache import CACHE, MOST_ENTRIES, WorkerCache
-from fomoe_flwr.worker.trainer import LocalTrainer, token_loss
+from fomoe_flwr.worker.trainer import LocalTrainer
+from fomoe_flwr.worker.training_model import token_loss
 
 CPU = torch.device("cpu")
 FIRST: Residents = ((0, 1, 2), (3, 4, 5))
@@ -38,8 +39,8 @@ def _empty() -> Iterator[None]:
 
 
 def lent(cache: WorkerCache, settings: Settings, residents: Residents) -> int:
-    with cache.model(settings, residents, CPU) as model:
-        return id(model)
+    with cache.model(settings, residents, CPU) as training:
+        return id(training.model)
 
 
 @pytest.mark.parametrize("routing", ["skip_token", "partitioned"])
@@ -106,15 +107,16 @@ def test_two_runs_in_one_process_do_not_meet(
 
 def test_a_model_is_built_once_for_residents_of_the_same_numbers() -> None:
     cache, settings = WorkerCache(), micro()
-    with cache.model(settings, FIRST, CPU) as model:
-        built = model
-    with cache.model(settings, SECOND, CPU) as model:
-        assert model is built
+    with cache.model(settings, FIRST, CPU) as training:
+        built = training
+    with cache.model(settings, SECOND, CPU) as training:
+        assert training is built
+        model = training.model
         fresh = build_model(settings.model, model.config, SECOND, empty=True)
         assert_identical(buffers(model), buffers(fresh))
-    with cache.model(settings, LARGER, CPU) as model:
-        assert model is not built
-        assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 4
+    with cache.model(settings, LARGER, CPU) as training:
+        assert training is not built
+        assert training.model.model.layers[0].mlp.experts.down_proj.shape[0] == 4
 
 
 def buffers(model: torch.nn.Module) -> Weights:
@@ -123,7 +125,13 @@ def buffers(model: torch.nn.Module) -> Weights:
 
 @pytest.mark.parametrize(
     "change",
-    ["model.hidden_size=24", "model.routing=partitioned", "data.sequence_length=16", "local.lr=1"],
+    [
+        "model.hidden_size=24",
+        "model.routing=partitioned",
+        "data.sequence_length=16",
+        "local.lr=1",
+        "balance.loss=0.5",
+    ],
 )
 def test_another_setting_gets_another_model(change: str) -> None:
     cache = WorkerCache()
@@ -144,26 +152,28 @@ def test_a_model_of_a_failed_round_is_not_used_again() -> None:
 
     def fail() -> None:
         with cache.model(settings, FIRST, CPU) as spoilt:
-            lenders.append(spoilt)
-            RouterProbe(spoilt, 6, FIRST)
+            lenders.append(spoilt.model)
+            RouterProbe(spoilt.model, 6, FIRST)
             raise RunError("diverged")
 
     with pytest.raises(RunError, match="diverged"):
         fail()
-    with cache.model(settings, FIRST, CPU) as model:
-        assert model is not lenders[0]
-        assert not any(module._forward_hooks for module in model.modules())
+    with cache.model(settings, FIRST, CPU) as training:
+        assert training.model is not lenders[0]
+        training.close()
+        assert not any(module._forward_hooks for module in training.model.modules())
 
 
 def test_a_model_comes_back_without_gradients() -> None:
     cache, settings = WorkerCache(), micro()
-    with cache.model(settings, FIRST, CPU) as model:
+    with cache.model(settings, FIRST, CPU) as training:
+        model = training.model
         fresh = build_model(settings.model, model.config, FIRST, seed=1)
         load_state(model, state_of(fresh))
         token_loss(model, torch.zeros(1, 9, dtype=torch.long)).backward()
         assert any(parameter.grad is not None for parameter in model.parameters())
     with cache.model(settings, FIRST, CPU) as again:
-        assert again is model
+        assert again.model is model
         assert all(parameter.grad is None for parameter in model.parameters())
 
 

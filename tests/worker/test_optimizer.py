@@ -23,7 +23,7 @@ from fomoe_flwr.config import (
 )
 from fomoe_flwr.model.families import FAMILIES
 from fomoe_flwr.worker.optimizer import learning_rate, make_optimizer
-from fomoe_flwr.worker.trainer import token_loss
+from fomoe_flwr.worker.training_model import token_loss
 
 
 @pytest.mark.parametrize(

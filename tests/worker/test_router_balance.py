@@ -27,7 +27,7 @@ from fomoe_flwr.config import (
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model, moe_blocks
 from fomoe_flwr.model.router_probe import RouterProbe
-from fomoe_flwr.worker.trainer import token_loss
+from fomoe_flwr.worker.training_model import token_loss
 
 
 def test_the_balance_loss_is_added_with_its_weight() -> None:

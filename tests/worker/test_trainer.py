@@ -16,7 +16,8 @@ from local_training import (
 )
 from torch import Tensor, nn
 
-from fomoe_flwr.worker.trainer import TrainingError, token_loss
+from fomoe_flwr.worker.trainer import TrainingError
+from fomoe_flwr.worker.training_model import token_loss
 
 
 @pytest.mark.parametrize("steps", [1, 2])
