@@ -335,6 +335,10 @@ class Settings:
         """Tokens that a round gives one worker."""
         return self.local.steps * self.tokens_per_worker_step
 
+    def has_checkpoint(self, server_round: int) -> bool:
+        """Tell whether a checkpoint is written at the end of a round."""
+        return server_round % self.checkpoint.every == 0 or server_round == self.rounds
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, ready for YAML or JSON."""
         return asdict(self)

@@ -55,6 +55,7 @@ from fomoe_flwr.run.heartbeat import Heartbeat
 from fomoe_flwr.run.phases import Phases
 from fomoe_flwr.run.tracking import Tracker
 from fomoe_flwr.run.turnout import turnout
+from fomoe_flwr.worker.state_store import STATES
 
 
 class Server:
@@ -209,7 +210,7 @@ class Server:
         row["round/seconds"] = sum(seconds.values())
         row |= {f"round/{phase}_seconds": value for phase, value in seconds.items()}
         row["round/ended_unix_seconds"] = time.time()
-        if server_round % settings.checkpoint.every == 0 or is_last:
+        if settings.has_checkpoint(server_round):
             self.heartbeat.note("checkpoint", server_round)
             self._save(row)
         phases.end("checkpoint")
@@ -240,6 +241,8 @@ class Server:
             "memory": self.strategy.state_dict(),
             "row": row,
         }
+        # What workers of this process write beside us: a resume needs both.
+        STATES.settle()
         checkpoint = Checkpoint(self.rounds_done, self.state, self.outer.tensors(), state)
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep)
 

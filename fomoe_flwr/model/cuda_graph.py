@@ -72,7 +72,9 @@ class GraphedPass:
     ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         """Capture a pass, in the memory of another graph that never runs at the same time."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=beside.pool() if beside else None):
+        pool = beside.pool() if beside else None
+        # Other threads may write a state down meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             results = self._run_pass(self._windows)
         return graph, results
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fomoe_flwr.model.device_copy import copy
+
 
 def local(tensor: Tensor) -> Tensor:
     """View the rows that this process holds, outside of autograd."""
@@ -39,13 +41,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 def fill(target: Tensor, value: Tensor) -> None:
     """Copy this process's rows of a whole value into a tensor."""
-    local(target).copy_(value[rows_here(target)])
+    copy(local(target), value[rows_here(target)] if isinstance(target, DTensor) else value)
 
 
 def parted_like(tensor: Tensor, value: Tensor) -> Tensor:
-    """Return a whole value on a tensor's device, cut as the tensor is."""
+    """Copy a whole value to a tensor's device, cut as the tensor is."""
     if not isinstance(tensor, DTensor):
-        return value.to(tensor.device)
+        fresh = torch.empty(value.shape, dtype=value.dtype, device=tensor.device)
+        copy(fresh, value)
+        return fresh
     parted = torch.zeros_like(tensor)
     fill(parted, value)
     return parted

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fomoe_flwr.codecs.sizes import WITH_FEEDBACK, Codec
@@ -19,7 +19,7 @@ from fomoe_flwr.codecs.vectors import rounding_error
 from fomoe_flwr.config import WireSettings
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, StateSpec
-from fomoe_flwr.model.tensor_files import save_tensors
+from fomoe_flwr.worker.state_store import STATES, Stored
 
 Vectors = tuple[Tensor, Tensor]
 """Flat fp32 vectors of the shared parameters and of the resident experts."""
@@ -67,27 +67,26 @@ class ErrorFeedback:
         for entry in entries:
             entry.of(self.left).copy_(pieces[entry.key])
 
-    def save(self, path: Path) -> None:
-        """Write to one safetensors file, atomically; nothing where no codec leaves anything."""
+    def save(self, path: Path, on_disk: bool = True) -> None:
+        """Store what is left; nothing where no codec leaves anything. See `StateStore.save`."""
         if not self.left:
             return
         tensors = {f"left/{key}": value for key, value in self.left.items()}
         for layer, residents in enumerate(self.residents):
             tensors[f"resident/{layer}"] = torch.tensor(residents, dtype=torch.long)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, path, {})
+        STATES.save(path, tensors, {}, on_disk)
 
     def restore(self, path: Path) -> None:
         """Take what an earlier round left; start from nothing where there is no such file."""
         if not self.left:
             return
         try:
-            with safe_open(path, framework="pt") as stored:
+            with STATES.open(path) as stored:
                 self._adopt(stored)
         except (OSError, SafetensorError):
             return
 
-    def _adopt(self, stored: safe_open) -> None:
+    def _adopt(self, stored: Stored) -> None:
         names = set(stored.keys())
         for key, value in self.left.items():
             if f"left/{key}" not in names:

@@ -1,4 +1,4 @@
-"""The inner optimizer's state of one worker: kept on the worker's disk from round to round.
+"""The inner optimizer's state of one worker, which the state store keeps from round to round.
 
 Adam's moments of an expert belong to the expert, not to its place in a worker's stack: when the
 layout moves, kept experts keep their moments and new ones start fresh, with a learning-rate warm-up
@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fomoe_flwr.config import LocalSettings, RoutingMode
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.shards import FullTensors, local, parted_like, rows_here, whole
 from fomoe_flwr.model.state import State, StateSpec
-from fomoe_flwr.model.tensor_files import save_tensors
 from fomoe_flwr.parameters.fragments import MOMENTS as _MOMENTS
 from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 from fomoe_flwr.worker.state_files import WEIGHTS
+from fomoe_flwr.worker.state_store import STATES, Stored
 
 _NEGLIGIBLE = 1e-6
 
@@ -154,11 +154,16 @@ class InnerState:
                 self._ages[layer].fill_(steps)
 
     def save(
-        self, path: Path, weights: Mapping[str, Tensor] | None = None, is_writer: bool = True
+        self,
+        path: Path,
+        weights: Mapping[str, Tensor] | None = None,
+        is_writer: bool = True,
+        on_disk: bool = True,
     ) -> None:
-        """Write moments, ages, cursor and `weights` to one safetensors file, atomically.
+        """Store moments, ages, cursor and `weights`; see `StateStore.save`.
 
-        With `local.keep_inner_state=false` no moments and ages are kept. Processes that share the
+        No step may follow: the store takes the moments themselves. With
+        `local.keep_inner_state=false` no moments and ages are kept. Processes that share the
         model call this together, and one writes: what lies on the disk is whole, so that the next
         round may have another number of processes.
         """
@@ -168,17 +173,16 @@ class InnerState:
                 if self.settings.keep_inner_state and moment in self.optimizer.state.get(p, {}):
                     value = whole(self.optimizer.state[p][moment])
                     if is_writer:
-                        tensors[f"{moment}/{name}"] = value.cpu().contiguous()
+                        tensors[f"{moment}/{name}"] = value
         if not is_writer:
             return
         for layer, ages in enumerate(self._ages):
             tensors[f"age/{layer}"] = ages
             tensors[f"resident/{layer}"] = torch.tensor(self.residents[layer], dtype=torch.long)
         for name, value in (weights or {}).items():
-            tensors[f"{WEIGHTS}{name}"] = value.detach().cpu().contiguous()
+            tensors[f"{WEIGHTS}{name}"] = value.detach()
         meta = {"steps": str(self._steps), "cursor": json.dumps(self.cursor)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, path, meta)
+        STATES.save(path, tensors, meta, on_disk)
 
     def restore(self, path: Path) -> None:
         """Read a stored state into the optimizer; leave everything fresh if there is none.
@@ -186,13 +190,13 @@ class InnerState:
         Experts that were not resident when it was stored start with zero moments and age 0.
         """
         try:
-            with safe_open(path, framework="pt") as stored:
+            with STATES.open(path) as stored:
                 self._adopt(stored)
         except (OSError, SafetensorError):
             return
         self.is_fresh = not self.settings.keep_inner_state
 
-    def _adopt(self, stored: safe_open) -> None:
+    def _adopt(self, stored: Stored) -> None:
         meta = stored.metadata() or {}
         self.cursor = json.loads(meta["cursor"])
         if not self.settings.keep_inner_state:

@@ -30,12 +30,12 @@ from fomoe_flwr.worker.heap import held_heap
 from fomoe_flwr.worker.pseudo_gradient import difference, gather, pack
 from fomoe_flwr.worker.state_files import (
     FEEDBACK,
-    forget_rounds,
+    WEIGHTS,
     named_weights,
-    newest_before,
+    received_and_trained,
     state_file,
-    stored_weights,
 )
+from fomoe_flwr.worker.state_store import STATES
 from fomoe_flwr.worker.trainer import LocalReport, LocalTrainer
 
 
@@ -164,11 +164,15 @@ def starting_weights(task: RoundTask) -> tuple[dict[str, Tensor], dict[str, Tens
     if task.fragment < 0:
         return pieces, pieces
     try:
-        received, current = stored_weights(state_file(task.state_dir, task.server_round - 1))
+        with STATES.open(state_file(task.state_dir, task.server_round - 1)) as stored:
+            names = [name for name in stored.keys() if name.startswith(WEIGHTS)]  # noqa: SIM118
+            # Copies, since the server's pieces are laid over them.
+            kept = {n.removeprefix(WEIGHTS): stored.get_tensor(n).clone() for n in names}
     except (OSError, SafetensorError) as error:
         raise LostStateError(
             f"worker {task.worker} has no weights of round {task.server_round - 1}"
         ) from error
+    received, current = received_and_trained(kept)
     overlay(received, task.carried, pieces)
     overlay(current, task.carried, pieces)
     return received, current
@@ -176,7 +180,7 @@ def starting_weights(task: RoundTask) -> tuple[dict[str, Tensor], dict[str, Tens
 
 def _resume(task: RoundTask, trainer: LocalTrainer) -> None:
     """Take up optimizer and text where the worker's last round left them."""
-    if stored := newest_before(task.state_dir, task.server_round):
+    if stored := STATES.newest_before(task.state_dir, task.server_round):
         trainer.restore(stored)
     if task.moments:
         part = task.carried.parameters()
@@ -191,12 +195,13 @@ def _save(task: RoundTask, trainer: LocalTrainer, received: State) -> None:
         trained: dict[str, Tensor] = {}
         for key, value in trainer.weights.items():  # all processes take part in gathering
             if trainer.team.is_first:
-                trained[key] = value.cpu()
+                trained[key] = value.to("cpu", copy=True)
         keep = named_weights(received, trained)
-    trainer.save(state_file(task.state_dir, task.server_round), keep)
+    on_disk = task.settings.has_checkpoint(task.server_round)
+    trainer.save(state_file(task.state_dir, task.server_round), keep, on_disk)
     if trainer.team.is_first:
         rounds = {*task.keep_rounds, task.server_round, task.server_round - 1}
-        forget_rounds(task.state_dir, rounds)
+        STATES.forget_rounds(task.state_dir, rounds)
 
 
 def _moments(task: RoundTask, trainer: LocalTrainer) -> dict[str, Vectors]:
@@ -211,10 +216,11 @@ def _pseudo_gradient(task: RoundTask, trainer: LocalTrainer, received: State) ->
         return gather(task.returned, trainer.weights)
     vectors = difference(task.returned, received, trainer.weights, task.residents)
     feedback = ErrorFeedback(task.settings.wire, task.spec, task.residents)
-    if before := newest_before(task.state_dir, task.server_round, FEEDBACK):
+    if before := STATES.newest_before(task.state_dir, task.server_round, FEEDBACK):
         feedback.restore(before)
     vectors = feedback.correct(task.returned, *vectors, task.seed)
-    feedback.save(state_file(task.state_dir, task.server_round, FEEDBACK))
+    on_disk = task.settings.has_checkpoint(task.server_round)
+    feedback.save(state_file(task.state_dir, task.server_round, FEEDBACK), on_disk)
     return vectors
 
 

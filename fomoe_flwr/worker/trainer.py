@@ -110,10 +110,10 @@ class LocalTrainer:
         if self.inner.cursor:
             self.batches.restore(self.inner.cursor)
 
-    def save(self, path: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write optimizer, data position and `weights` to a file; see `InnerState.save`."""
+    def save(self, path: Path, weights: Mapping[str, Tensor], on_disk: bool = True) -> None:
+        """Store optimizer, data position and `weights`; see `InnerState.save`."""
         self.inner.cursor = self.batches.state()
-        self.inner.save(path, weights, is_writer=self.team.is_first)
+        self.inner.save(path, weights, self.team.is_first, on_disk)
 
     @property
     def weights(self) -> State:

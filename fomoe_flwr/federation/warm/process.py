@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import psutil
 from flwr.app import Context, RecordDict
@@ -62,14 +63,32 @@ def run_warm_worker(
             _beside(_end_with, with_process)
         _say(f"waiting in {folder.path}, fomoe-flwr {version}")
         # Imported before the first task comes, because the imports take seconds.
-        _work(waiting, guests, answers or _own_answers(), idle_seconds)
+        if answers is not None:
+            _work(waiting, guests, answers, idle_seconds)
+        else:
+            _work_with_memory(waiting, guests, idle_seconds)
     _say("done")
 
 
-def _own_answers() -> Mapping[str, Answer]:
+def _work_with_memory(
+    waiting: queue.Queue[_Guest], guests: set[_Guest], idle_seconds: float
+) -> None:
+    """Answer as every node does, and keep workers' states in memory meanwhile."""
     from fomoe_flwr.federation.client import ANSWERS
+    from fomoe_flwr.worker.state_store import STATES
 
-    return ANSWERS
+    def settled(answer: Answer, content: RecordDict, context: Context) -> RecordDict:
+        given = answer(content, context)
+        # The server's next checkpoint relies on it.
+        STATES.settle()
+        return given
+
+    answers = {kind: partial(settled, answer) for kind, answer in ANSWERS.items()}
+    with STATES.in_memory():
+        try:
+            _work(waiting, guests, answers, idle_seconds)
+        finally:
+            STATES.write_all()
 
 
 def _end(_number: int, _frame: object) -> None:

@@ -1,0 +1,180 @@
+"""The state store: what workers keep from round to round, in memory or on the disk.
+
+A process that outlives its tasks keeps the newest state of each worker where it is cheapest: on its
+own device while there is room, else in host memory. Files are written when a resume may ask for
+them, in the background. Every other process writes a file every round. What is read is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fomoe_flwr.model.device_copy import copy
+from fomoe_flwr.model.tensor_files import save_tensors
+from fomoe_flwr.worker.state_files import FEEDBACK, INNER, state_file
+
+_MOST_OF_FREE = 0.5
+"""Share of the free memory that a state may take; steps and replies need the rest."""
+
+
+class Stored(Protocol):
+    """Tensors by name, which nobody may change, and their metadata."""
+
+    def keys(self) -> Iterable[str]:
+        """List the names."""
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Return one tensor."""
+
+    def metadata(self) -> Mapping[str, str] | None:
+        """Return the metadata."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A state in memory."""
+
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, str]
+
+    def keys(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def metadata(self) -> Mapping[str, str]:
+        return self.meta
+
+
+class StateStore:
+    """Saves and opens states under the paths that their files have."""
+
+    def __init__(self) -> None:
+        self._is_in_memory = False
+        self._kept: dict[Path, _Kept] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._writes: dict[Path, Future[None]] = {}
+
+    @contextmanager
+    def in_memory(self) -> Iterator[None]:
+        """Keep states in memory; at the end forget them."""
+        before, self._is_in_memory = self._is_in_memory, True
+        try:
+            yield
+        finally:
+            self._is_in_memory = before
+            if not before:
+                self._kept.clear()
+                self.settle()
+
+    def save(
+        self, path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str], on_disk: bool
+    ) -> None:
+        """Keep a state; with `on_disk` a file is written, which `settle` waits for.
+
+        The tensors must not change afterwards. Without room in memory the file is written at once.
+        """
+        if not (self._is_in_memory and (placed := _placed(tensors))):
+            self._kept.pop(path, None)
+            _write(path, tensors, meta)
+            return
+        for older in [each for each in self._kept if _is_older(each, path)]:
+            del self._kept[older]
+        self._kept[path] = _Kept(placed, meta)
+        if on_disk:
+            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="states")
+            self._writes[path] = self._pool.submit(_write, path, placed, meta)
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[Stored]:
+        """Open a state. Raises OSError or SafetensorError if there is none to read."""
+        if path in self._kept:
+            yield self._kept[path]
+            return
+        self.settle()
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+
+    def newest_before(self, folder: Path, server_round: int, kind: str = INNER) -> Path | None:
+        """Return what a worker stored last: in the round before, unless it missed that one."""
+        limit = state_file(folder, server_round, kind).name
+        names = {item.name for item in folder.glob(f"{kind}-*.safetensors")}
+        names |= {path.name for path in self._kept if path.parent == folder}
+        earlier = [name for name in names if name.startswith(f"{kind}-") and name < limit]
+        return folder / max(earlier) if earlier else None
+
+    def forget_rounds(self, folder: Path, keep: Collection[int]) -> None:
+        """Remove the states of all rounds but these."""
+        for kind in (INNER, FEEDBACK):
+            kept = {state_file(folder, server_round, kind) for server_round in keep}
+            for path in [each for each in self._kept if _is_of(each, folder, kind)]:
+                if path not in kept:
+                    del self._kept[path]
+            for stored in folder.glob(f"{kind}-*.safetensors"):
+                if stored not in kept:
+                    stored.unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """Wait until all files are written. Raises OSError if one could not be."""
+        writes, self._writes = self._writes, {}
+        for write in writes.values():
+            write.result()
+
+    def write_all(self) -> None:
+        """Write down what is on no disk yet: another process goes on from there."""
+        self.settle()
+        for path, kept in self._kept.items():
+            if not path.exists():
+                _write(path, kept.tensors, kept.meta)
+
+
+def _placed(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """Return the tensors where they may stay: as they are, in host memory, or nowhere."""
+    device = next((value.device for value in tensors.values() if value.is_cuda), None)
+    size = sum(value.nbytes for value in tensors.values())
+    if device is not None:
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        # They lie there already: what is free must do for everything else.
+        if size <= _MOST_OF_FREE * (torch.cuda.mem_get_info(device)[0] + unused):
+            return tensors
+    if size > _MOST_OF_FREE * psutil.virtual_memory().available:
+        return None
+    return {name: _on_host(value) for name, value in tensors.items()}
+
+
+def _on_host(value: Tensor) -> Tensor:
+    if not value.is_cuda:
+        return value
+    host = torch.empty(value.shape, dtype=value.dtype)
+    copy(host, value.contiguous())
+    return host
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host = {name: _on_host(value.detach()).contiguous() for name, value in tensors.items()}
+    save_tensors(host, path, meta)
+
+
+def _is_of(path: Path, folder: Path, kind: str) -> bool:
+    return path.parent == folder and path.name.startswith(f"{kind}-")
+
+
+def _is_older(path: Path, other: Path) -> bool:
+    kind = other.name.partition("-")[0]
+    return path != other and _is_of(path, other.parent, kind)
+
+
+STATES = StateStore()
+"""This process's own."""
