@@ -15,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.model.device_copy import copy
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.shards import fill
 from fomoe_flwr.parameters.fragments import fragment_rows
@@ -121,7 +123,7 @@ class StateSpec:
 
     def pack_shared(self, state: State) -> Tensor:
         """Concatenate the shared keys into one fp32 vector."""
-        return _concatenate([entry.of(state) for entry in self.shared])
+        return _packed([(entry.of(state), None) for entry in self.shared])
 
     def pack_experts(self, state: State, residents: Residents | None = None) -> Tensor:
         """Concatenate expert rows into one fp32 vector.
@@ -129,13 +131,12 @@ class StateSpec:
         With `residents`, `state` is a full one and those rows are taken; without, it is a
         worker's, whose rows are its residents already.
         """
-        rows = [
-            state[entry.key]
-            if residents is None
-            else state[entry.key][_index(residents[_layer(entry)])]
-            for entry in self.expert
-        ]
-        return _concatenate(rows)
+        return _packed(
+            [
+                (state[entry.key], None if residents is None else residents[_layer(entry)])
+                for entry in self.expert
+            ]
+        )
 
     def split_shared(self, vector: Tensor) -> dict[str, Tensor]:
         """View a shared vector as its keys. Raises ValueError if the size is wrong."""
@@ -186,14 +187,30 @@ def load_state(model: nn.Module, state: State) -> None:
         fill(target, state[key])
 
 
-def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
-    if not tensors:
-        return torch.empty(0)
-    return torch.cat([t.detach().to("cpu", torch.float32).reshape(-1) for t in tensors])
+def empty_vector(size: int) -> Tensor:
+    """Return `size` fp32 numbers of any value in host memory."""
+    # NumPy asks the system for large pages: a new vector is filled several times as fast.
+    return torch.from_numpy(np.empty(size, dtype=np.float32))
 
 
-def _index(residents: Sequence[int]) -> Tensor:
-    return torch.tensor(residents, dtype=torch.long)
+def _packed(parts: Sequence[tuple[Tensor, Sequence[int] | None]]) -> Tensor:
+    """Copy tensors, or some rows of them, one behind the other into one vector."""
+    shapes = [
+        tensor.shape if rows is None else torch.Size((len(rows), *tensor.shape[1:]))
+        for tensor, rows in parts
+    ]
+    sizes = [shape.numel() for shape in shapes]
+    vector = empty_vector(sum(sizes))
+    pieces = vector.split(sizes) if sizes else ()
+    for piece, shape, (tensor, rows) in zip(pieces, shapes, parts, strict=True):
+        target, source = piece.view(shape), tensor.detach()
+        if rows is None:
+            copy(target, source)
+        elif source.dtype == target.dtype and source.device == target.device:
+            torch.index_select(source, 0, torch.tensor(rows, dtype=torch.long), out=target)
+        else:
+            copy(target, source[torch.tensor(rows, dtype=torch.long)])
+    return vector
 
 
 def _layer(entry: Entry) -> int:

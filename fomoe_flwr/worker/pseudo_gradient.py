@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from fomoe_flwr.model.device_copy import copy
 from fomoe_flwr.model.residency import Residents
-from fomoe_flwr.model.state import State, StateSpec
+from fomoe_flwr.model.state import State, StateSpec, empty_vector
 from fomoe_flwr.worker.error_feedback import Vectors
 
 
@@ -22,13 +24,25 @@ def gather(part: StateSpec, state: State) -> Vectors:
 
 
 def difference(part: StateSpec, received: State, trained: State, residents: Residents) -> Vectors:
-    """Return received minus trained weights, without packing the trained ones too."""
-    shared, experts = pack(part, received)
+    """Return received minus trained weights."""
+    shared = empty_vector(part.shared_size)
+    experts = empty_vector(part.experts_size(residents))
     pieces = part.split_shared(shared) | part.split_experts(experts, residents)
     for entry in (*part.shared, *part.expert):
-        piece, mine = pieces[entry.key], entry.of(trained)
-        if mine.dtype != piece.dtype:
-            # What was received was rounded before training began; that is no step of training.
-            piece.copy_(piece.to(mine.dtype))
-        piece -= mine.to("cpu", piece.dtype)
+        _subtract(pieces[entry.key], entry.of(received), entry.of(trained))
     return shared, experts
+
+
+def _subtract(target: Tensor, received: Tensor, trained: Tensor) -> None:
+    """Write received minus trained, computed where the trained weights lie."""
+    if trained.is_cuda:
+        there = torch.empty(received.shape, dtype=received.dtype, device=trained.device)
+        copy(there, received)
+        received = there
+    if trained.dtype != received.dtype:
+        # What was received was rounded before training began; that is no step of training.
+        received = received.to(trained.dtype).to(received.dtype)
+    if trained.is_cuda:
+        copy(target, received - trained)
+    else:
+        torch.sub(received, trained, out=target)
