@@ -211,7 +211,7 @@ def show(title: str, figures: Mapping[str, Any]) -> None:
             print(
                 f"  {key:<40}{value:>10.3f}"
                 if isinstance(value, float)
-                else f"  {key:<40}{value:>10}"
+                else f"  {key:<40}{value!s:>10}"
             )
 
 
