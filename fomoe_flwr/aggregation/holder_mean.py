@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.codecs.slabs import SLAB, slabs
+from fomoe_flwr.model.homes import MEMORY, Home
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, StateSpec
 from fomoe_flwr.parameters.keys import is_router_key, layer_of
@@ -23,17 +24,18 @@ class HolderMean:
 
     With `router_rows="holders"` a row of a shared router is averaged over its expert's holders
     only: no task gradient reaches it elsewhere, and the mean over all would shrink its update.
+    The means lie in `home`.
     """
 
-    def __init__(self, spec: StateSpec, router_rows: str = "all") -> None:
+    def __init__(self, spec: StateSpec, router_rows: str = "all", home: Home = MEMORY) -> None:
         self.spec = spec
-        self.shared = torch.zeros(spec.shared_size)
+        self.shared = home.scratch(spec.shared_size)
         self.shared_weight = 0.0
         self.shared_count = 0
         self._routers = tuple(
             entry for entry in spec.shared if router_rows == "holders" and is_router_key(entry.key)
         )
-        self.rows = {entry.key: torch.zeros(entry.shape) for entry in self.row_entries}
+        self.rows = {entry.key: home.scratch(*entry.shape) for entry in self.row_entries}
         """Means of the keys that are averaged expert by expert, `[num_experts, ...]`."""
         shape = (spec.num_layers, spec.num_experts)
         self.expert_weight = torch.zeros(shape, dtype=torch.float64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,16 +18,18 @@ from torch import Tensor
 from fomoe_flwr.aggregation.holder_mean import HolderMean
 from fomoe_flwr.codecs.slabs import slabs
 from fomoe_flwr.config import OuterSettings
+from fomoe_flwr.model.homes import MEMORY, WEIGHTS, Home
 from fomoe_flwr.model.state import Entry, State
 from fomoe_flwr.parameters.fragments import MOMENTS
 from fomoe_flwr.parameters.keys import layer_of
 
 
 class OuterStep:
-    """The step of `outer.name`, per key over its holders."""
+    """The step of `outer.name`, per key over its holders. State and weights lie in `home`."""
 
-    def __init__(self, settings: OuterSettings) -> None:
+    def __init__(self, settings: OuterSettings, home: Home = MEMORY) -> None:
         self.settings = settings
+        self.home = home
         self.momentum: dict[str, Tensor] = {}
         """Nesterov's velocity by state key."""
         self.moments: dict[str, dict[str, Tensor]] = {name: {} for name in MOMENTS}
@@ -40,8 +43,9 @@ class OuterStep:
                 is_expert = rows is not None
                 lr = settings.expert_lr if is_expert and settings.expert_lr else settings.lr
                 velocity = None
+                self.home.before_write(f"{WEIGHTS}/{entry.key}")
                 if settings.name == "nesterov" and settings.momentum > 0:
-                    whole = self.momentum.setdefault(entry.key, torch.zeros_like(state[entry.key]))
+                    whole = self._open("momentum", self.momentum, state, entry)
                     velocity = entry.of({entry.key: whole})
                 for row in range(1) if rows is None else rows.tolist():
                     self._update(
@@ -56,12 +60,21 @@ class OuterStep:
         """Take the workers' mean of one of Adam's moments; what nobody returned stays."""
         stored = self.moments[name]
         for entry, rows, value in _means(mean):
-            full = stored.setdefault(entry.key, torch.zeros_like(state[entry.key]))
+            full = self._open(name, stored, state, entry)
             target = entry.of({entry.key: full})
             if rows is None:
                 target.copy_(value)
-            else:
-                target[rows] = value[rows]
+                continue
+            for row in rows.tolist():
+                target[row].copy_(value[row])
+
+    def _open(self, kind: str, stored: dict[str, Tensor], state: State, entry: Entry) -> Tensor:
+        """Return outer state that may be written to; zeros the first time."""
+        name = f"{kind}/{entry.key}"
+        if entry.key not in stored:
+            stored[entry.key] = self.home.make(name, state[entry.key].detach())
+        self.home.before_write(name)
+        return stored[entry.key]
 
     def _update(
         self, value: Tensor, gradient: Tensor, velocity: Tensor | None, lr: float, scale: float
@@ -85,13 +98,13 @@ class OuterStep:
             stored |= {f"{name}/{key}": value for key, value in moments.items()}
         return stored
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the outer state of a checkpoint."""
+    def restore(self, tensors: Mapping[str, Tensor], source: Path | None = None) -> None:
+        """Take the outer state of a checkpoint; `source` is its folder of slabs, if it has one."""
         self.momentum, self.moments = {}, {name: {} for name in MOMENTS}
         for name, value in tensors.items():
             kind, _, key = name.partition("/")
             target = self.momentum if kind == "momentum" else self.moments[kind]
-            target[key] = value.clone()
+            target[key] = self.home.take(name, value, source)
 
 
 def _means(mean: HolderMean) -> Iterator[tuple[Entry, Tensor | None, Tensor]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fomoe_flwr.aggregation.holder_mean import HolderMean
 from fomoe_flwr.codecs.slabs import slabs
+from fomoe_flwr.model.homes import MEMORY, Home
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.parameters.keys import layer_of
@@ -42,8 +43,10 @@ class RobustMean(HolderMean):
     Replies weigh alike. Counts and disagreement are those of the plain mean.
     """
 
-    def __init__(self, spec: StateSpec, router_rows: str, trim: float, folder: Path) -> None:
-        super().__init__(spec, router_rows)
+    def __init__(
+        self, spec: StateSpec, router_rows: str, trim: float, folder: Path, home: Home = MEMORY
+    ) -> None:
+        super().__init__(spec, router_rows, home)
         self._trim = trim
         self._folder = folder
         self._spooled: list[_Spooled] = []

@@ -18,6 +18,7 @@ from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.aggregation.privacy import NoiseSource, add_noise, clip
 from fomoe_flwr.aggregation.robust_mean import RobustMean
 from fomoe_flwr.config import Settings
+from fomoe_flwr.model.homes import MEMORY, Home
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import State, StateSpec
@@ -48,19 +49,26 @@ class RoundMeans:
         Decides which fragment and which moments the replies carry.
     limits
         What a reply's norm may be; kept from round to round.
+    home
+        Where the means lie.
     """
 
     def __init__(
-        self, settings: Settings, spec: StateSpec, server_round: int, limits: NormLimits
+        self,
+        settings: Settings,
+        spec: StateSpec,
+        server_round: int,
+        limits: NormLimits,
+        home: Home = MEMORY,
     ) -> None:
         outer, self.privacy = settings.outer, settings.privacy
         self.server_round, self.limits = server_round, limits
         self.fragment = fragment_of_round(outer, server_round)
         part = spec.fragment(self.fragment, outer.fragments)
         self.weighting = outer.weighting
-        self.gradient = _mean(settings, part)
+        self.gradient = _mean(settings, part, home)
         self.moments = {
-            name: _mean(settings, part.parameters())
+            name: _mean(settings, part.parameters(), home)
             for name in moments_of_round(outer, server_round)
         }
 
@@ -108,9 +116,9 @@ class RoundMeans:
         return NoiseSource(hashlib.sha256(f"{seed}/{self.server_round}".encode()).digest())
 
 
-def _mean(settings: Settings, spec: StateSpec) -> HolderMean:
+def _mean(settings: Settings, spec: StateSpec, home: Home) -> HolderMean:
     outer = settings.outer
     if outer.robust == "none":
-        return HolderMean(spec, outer.router_rows)
+        return HolderMean(spec, outer.router_rows, home)
     trim = 0.5 if outer.robust == "median" else outer.trim
-    return RobustMean(spec, outer.router_rows, trim, Path(settings.output_dir))
+    return RobustMean(spec, outer.router_rows, trim, Path(settings.output_dir), home)

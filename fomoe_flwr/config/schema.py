@@ -250,6 +250,9 @@ class CheckpointSettings:
     """Rounds between two checkpoints; the last round always writes one."""
     keep: int = number(2, at_least=1)
     """Checkpoints to keep, the newest ones."""
+    server_state: str = choice("auto", "auto", "memory", "files")
+    """Where the server keeps weights and outer state. files: in mapped files, so that it never
+    holds the model in memory. auto: in memory where that has room for it."""
 
 
 @dataclass

@@ -38,6 +38,10 @@ def state_bytes(settings: Settings) -> float:
     return settings.costs.bytes_per_parameter or memory_bytes(1, local.optimizer, local.precision)
 
 
+FILES_BYTES = 2**29
+"""What a server whose state lies in files needs beside one reply: slabs, buffers, messages."""
+
+
 @dataclass(frozen=True)
 class ServerMemory:
     """Bytes that the server holds at the end of a round, beside Flower and evaluation."""
@@ -55,6 +59,40 @@ class ServerMemory:
     def total(self) -> int:
         """All of it."""
         return self.state + self.outer_state + self.means + self.message
+
+    @property
+    def in_files(self) -> int:
+        """What is left of it in memory with `checkpoint.server_state=files`, at the most."""
+        return self.message + FILES_BYTES
+
+
+@dataclass(frozen=True)
+class ServerDisk:
+    """Bytes of the run's directory where the server's state lies in files, at the most."""
+
+    state: int
+    """Weights and outer state."""
+    checkpoints: int
+    """As much for each checkpoint that is kept; right after one is written it takes nothing."""
+    means: int
+    """Running means of what workers return, and a task while it is written."""
+    export: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.checkpoints + self.means + self.export
+
+
+def server_disk(settings: Settings, memory: ServerMemory) -> ServerDisk:
+    """Return what the server of a star has on the disk with `checkpoint.server_state=files`."""
+    state = memory.state + memory.outer_state
+    return ServerDisk(
+        state=state,
+        checkpoints=settings.checkpoint.keep * state,
+        means=memory.means + memory.message,
+        export=memory.state,
+    )
 
 
 def server_memory(settings: Settings, sent: RoundBytes) -> ServerMemory:

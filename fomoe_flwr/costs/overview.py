@@ -8,7 +8,13 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.costs.activations import activation_bytes, received_bytes, step_of
 from fomoe_flwr.costs.case import Case
 from fomoe_flwr.costs.flops import skip_speedup_limit
-from fomoe_flwr.costs.memory import memory_bytes, server_memory, state_bytes
+from fomoe_flwr.costs.memory import (
+    FILES_BYTES,
+    memory_bytes,
+    server_disk,
+    server_memory,
+    state_bytes,
+)
 from fomoe_flwr.costs.sheet import Line, Number, quotient
 from fomoe_flwr.costs.traffic import num_buffers, predict_bytes, state_factor
 from fomoe_flwr.costs.wall_clock import time_lines
@@ -188,6 +194,7 @@ def _memory(case: Case) -> list[Line]:
     state, resident = state_bytes(case.settings), max(case.resident)
     star = predict_bytes(case.settings, case.layout) if case.is_ring else case.sent
     server = server_memory(case.settings, star)
+    disk = server_disk(case.settings, server)
     return [
         Line(
             "memory/worker_bytes",
@@ -209,6 +216,20 @@ def _memory(case: Case) -> list[Line]:
             server.total,
             "state + outer_state + means + message",
             asdict(server),
+            "B",
+        ),
+        Line(
+            "memory/server_files_bytes",
+            server.in_files,
+            "message + slabs",
+            {"message": server.message, "slabs": FILES_BYTES},
+            "B",
+        ),
+        Line(
+            "disk/server_bytes",
+            disk.total,
+            "state + checkpoints + means + export",
+            asdict(disk),
             "B",
         ),
     ]

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 from flwr.app import MetricRecord
 from flwr.serverapp import Grid
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fomoe_flwr import costs, report
-from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings, SettingsError
 from fomoe_flwr.data.inventory import keep_inventory
 from fomoe_flwr.data.source import evaluation_blocks, prepare_tokenizer
@@ -34,18 +31,16 @@ from fomoe_flwr.federation.lookout import Lookout
 from fomoe_flwr.federation.round_record import RoundRecord, evaluation_row
 from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
+from fomoe_flwr.federation.server_state import ServerState
 from fomoe_flwr.federation.strategy import FoMoEStrategy
 from fomoe_flwr.files import check_folder, keep_newest, save_text
 from fomoe_flwr.model.families import transformers_config
-from fomoe_flwr.model.pretrained import read_pretrained
-from fomoe_flwr.model.residency import build_model
-from fomoe_flwr.model.state import StateSpec, load_state, state_of
+from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.run.assembled import AssembledModel
 from fomoe_flwr.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_latest,
-    save_checkpoint,
     stored_rounds,
 )
 from fomoe_flwr.run.directory import RunDirectory
@@ -83,16 +78,11 @@ class Server:
         self.phases.end("text")
         config = transformers_config(settings.model, settings.data.sequence_length)
         self.spec = StateSpec.of(settings.model, config)
-        self.model = build_model(settings.model, config, seed=settings.seed)
-        self.state: Mapping[str, Tensor] = state_of(self.model)
-        if settings.model.pretrained and not settings.resume:
-            load_state(
-                self.model, read_pretrained(settings.model.pretrained, settings.model, self.spec)
-            )
-        self.outer = OuterStep(settings.outer)
+        checkpoint = self._checkpoint() if settings.resume else None
+        self.state = ServerState(settings, config, self.spec, self.run, checkpoint)
         self.phases.end("model")
         blocks = evaluation_blocks(settings, json_text)
-        self.assembled = AssembledModel(settings, config, self.model, self.state)
+        self.assembled = AssembledModel(settings, config, self.state.model, self.state.weights)
         self.blocks = blocks
         self.windows = heldout_windows(blocks, settings.eval.max_tokens)
         self.byte_lengths = token_byte_lengths(self.tokenizer, settings.model.vocab_size)
@@ -101,8 +91,8 @@ class Server:
         self.rounds_done = 0
         self.run_key = uuid4().hex
         strategy_state: Mapping[str, Any] | None = None
-        if settings.resume:
-            strategy_state = self._resume()
+        if checkpoint is not None:
+            strategy_state = self._resume(checkpoint)
         else:
             self.tokenizer.save_pretrained(self.run.tokenizer)
         self._save_config()
@@ -113,8 +103,8 @@ class Server:
         self.strategy = FoMoEStrategy(
             settings,
             self.spec,
-            self.state,
-            self.outer,
+            self.state.weights,
+            self.state.outer,
             self.identity,
             self._close_round,
             first_round=self.rounds_done + 1,
@@ -132,7 +122,7 @@ class Server:
             layout = self.strategy.layouts.expected(self.rounds_done + 1)
             text = summarise_text(self.settings.data, self.identity.tokenizer_json)
             self.phases.end("text")
-            report.print_start(self.settings, self.run, layout, text)
+            report.print_start(self.settings, self.run, layout, text, self.state.choice)
             self._write_summary("running")
             self.phases.end("note")
             if self.rounds_done == 0:
@@ -186,7 +176,7 @@ class Server:
             if not self.seconds and phase == "gather":
                 self._keep_seconds("start")
         phases.end("other")
-        means, tables = self.routing.close(record, self.assembled.choices, self.state)
+        means, tables = self.routing.close(record, self.assembled.choices, self.state.weights)
         row |= means
         phases.end("routing")
         if server_round % settings.eval.every == 0 or is_last:
@@ -243,11 +233,10 @@ class Server:
         }
         # What workers of this process write beside us: a resume needs both.
         STATES.settle()
-        checkpoint = Checkpoint(self.rounds_done, self.state, self.outer.tensors(), state)
-        save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep)
+        self.state.save(self.rounds_done, state)
 
-    def _resume(self) -> Mapping[str, Any]:
-        """Take the newest checkpoint; return the state of the strategy."""
+    def _checkpoint(self) -> Checkpoint:
+        """Open the newest checkpoint, which must be one of this run."""
         checkpoint = load_latest(self.run.checkpoints)
         if checkpoint.state["spec_digest"] != self.spec.digest():
             raise CheckpointError(
@@ -259,10 +248,10 @@ class Server:
                 f"rounds={self.settings.rounds} but {self.run.path} has done "
                 f"{checkpoint.server_round}: resume it with rounds >= {checkpoint.server_round}"
             )
-        with torch.no_grad():
-            for key, value in self.state.items():
-                value.copy_(checkpoint.weights[key])
-        self.outer.restore(checkpoint.outer)
+        return checkpoint
+
+    def _resume(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+        """Go on from a checkpoint; return the state of the strategy."""
         self.rounds_done = checkpoint.server_round
         self.totals = dict(checkpoint.state["totals"])
         self.run_key = str(checkpoint.state["run_key"])
@@ -277,7 +266,7 @@ class Server:
     def _finish(self) -> None:
         try:
             check_folder(self.run.export, "the run's")
-            exported = assemble(self.settings, self.state, self.tokenizer)
+            exported = assemble(self.settings, self.state.weights, self.tokenizer)
             export_model(exported, self.tokenizer, self.run.export)
         except InputError as error:
             print(f"not exported: {error}, with fomoe export {self.run.path} --to", flush=True)

@@ -284,7 +284,7 @@ class FoMoEStrategy(Strategy):
 
         Raises FederationError when fewer than `federation.min_workers` replies can be used.
         """
-        means = RoundMeans(self.settings, self.spec, server_round, self._limits)
+        means = RoundMeans(self.settings, self.spec, server_round, self._limits, self.outer.home)
         self._fold_all(replies, means)
         self._require_quorum()
         self._step(means)

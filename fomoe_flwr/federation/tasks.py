@@ -57,10 +57,9 @@ class TaskWriter:
         for worker in sorted(nodes):
             content = self._content(worker, server_round, layout, round_state, keep_rounds, shared)
             ttl = self.settings.federation.round_timeout_seconds
-            message = Message(content, nodes[worker], MessageType.TRAIN, ttl=ttl)
+            messages = [Message(content, nodes[worker], MessageType.TRAIN, ttl=ttl)]
             del content
-            yield message
-            del message
+            yield messages.pop()  # which is nobody's but the caller's
 
     def _content(
         self,
@@ -98,10 +97,10 @@ class TaskWriter:
             spec = part if name == wire.WEIGHTS else part.parameters()
             if (fragment, name) not in shared:
                 seed = seed_of(self.settings.seed, server_round, name)
-                packed = spec.pack_shared(values)
+                packed = spec.pack_shared(values, self.outer.home.scratch)
                 shared[fragment, name] = wire.encode(packed, down.shared, seed)
             seed = seed_of(self.settings.seed, server_round, name, worker)
-            packed = spec.pack_experts(values, residents)
+            packed = spec.pack_experts(values, residents, self.outer.home.scratch)
             experts = wire.encode(packed, down.experts, seed)
             content[name] = wire.arrays_of(shared[fragment, name], experts)
         return content

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from fomoe_flwr.config import ModelSettings, SettingsError
 from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.residency import Residents
-from fomoe_flwr.model.state import Entry, StateSpec
+from fomoe_flwr.model.state import Entry, State, StateSpec
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -137,6 +137,23 @@ def read_pretrained(
             rows = range(entry.shape[0]) if residents is None else residents[entry.layer]
             state[entry.key] = _read_expert(checkpoint, model, entry, rows)
     return state
+
+
+def fill_pretrained(
+    folder: str | Path, model: ModelSettings, spec: StateSpec, state: State
+) -> None:
+    """Read a transformers checkpoint into a full state, one expert in memory at a time.
+
+    Raises SettingsError as `read_pretrained` does.
+    """
+    folder = Path(folder).expanduser()
+    check_pretrained(folder, model)
+    with Checkpoint(folder) as checkpoint:
+        for entry in spec.shared:
+            state[entry.key].copy_(_read_shared(checkpoint, model, entry))
+        for entry in spec.expert:
+            for row in range(entry.shape[0]):
+                state[entry.key][row].copy_(_read_expert(checkpoint, model, entry, [row])[0])
 
 
 def pretrained_shape(folder: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fomoe_flwr.config import ModelSettings, RoutingMode
@@ -25,6 +25,10 @@ Residents = Sequence[Sequence[int]]
 """For every layer the sorted ids of the experts that are held."""
 
 
+Place = Callable[[str, Tensor], Tensor]
+"""Makes the memory of a state key, given the tensor without memory whose place it takes."""
+
+
 def build_model(
     model: ModelSettings,
     config: PreTrainedConfig,
@@ -34,12 +38,14 @@ def build_model(
     seed: int | None = None,
     empty: bool = False,
     arrange: Callable[[PreTrainedModel], None] | None = None,
+    place: Place | None = None,
 ) -> PreTrainedModel:
     """Build a model that holds `residents` per layer (None = all experts).
 
     The stock initialisation runs under `seed` (the caller's random state is left alone); with
     `empty=True` parameters are left uninitialised, for a caller that overwrites all of them.
-    `arrange` gets the model before it has memory.
+    `arrange` gets the model before it has memory. `place` makes the memory of the model's state,
+    key by key; without it that is ordinary memory on `device`.
     """
     register()
     family = FAMILIES[model.family]
@@ -57,7 +63,10 @@ def build_model(
         if seed is not None:
             torch.manual_seed(seed)
         if torch.device(device).type != "meta":
-            built.to_empty(device=device)
+            if place is None:
+                built.to_empty(device=device)
+            else:
+                _settle(built, place)
             _initialise(built, empty)
     built.tie_weights()
     if residents is not None and torch.device(device).type != "meta":
@@ -118,6 +127,28 @@ def _cut(model: PreTrainedModel, settings: ModelSettings, residents: Residents) 
                 torch.empty(settings.num_experts, dtype=torch.long, device="meta"),
                 persistent=False,
             )
+
+
+def _settle(model: PreTrainedModel, place: Place) -> None:
+    """Give a model without memory the memory of `place` for its state, and ordinary for the rest.
+
+    A weight that will be tied to another one gets ordinary memory: initialisation fills it too, so
+    that all numbers are those of a model that is built at once.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    persistent = model.state_dict(keep_vars=True).keys()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for kind in (module._parameters, module._buffers):
+            for name, value in kind.items():
+                if value is None:
+                    continue
+                key = prefix + name
+                is_kept = key in persistent and key not in tied
+                made = place(key, value) if is_kept else torch.empty_like(value, device="cpu")
+                if isinstance(value, nn.Parameter) and not isinstance(made, nn.Parameter):
+                    made = nn.Parameter(made, requires_grad=False)
+                kind[name] = made
 
 
 def _initialise(model: PreTrainedModel, empty: bool) -> None:

@@ -11,9 +11,10 @@ ascending expert id.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from fomoe_flwr.parameters.fragments import fragment_rows
 from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 
 State = Mapping[str, Tensor]
+
+Empty = Callable[[int], Tensor]
+"""Makes a flat fp32 vector of so many numbers, to be filled."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,14 @@ class StateSpec:
         text = repr([(e.key, e.shape, e.layer, e.start) for e in (*self.shared, *self.expert)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def pack_shared(self, state: State) -> Tensor:
-        """Concatenate the shared keys into one fp32 vector."""
-        return _packed([(entry.of(state), None) for entry in self.shared])
+    def pack_shared(self, state: State, empty: Empty | None = None) -> Tensor:
+        """Concatenate the shared keys into one fp32 vector, which `empty` makes."""
+        return _packed([(entry.of(state), None) for entry in self.shared], empty)
 
-    def pack_experts(self, state: State, residents: Residents | None = None) -> Tensor:
-        """Concatenate expert rows into one fp32 vector.
+    def pack_experts(
+        self, state: State, residents: Residents | None = None, empty: Empty | None = None
+    ) -> Tensor:
+        """Concatenate expert rows into one fp32 vector, which `empty` makes.
 
         With `residents`, `state` is a full one and those rows are taken; without, it is a
         worker's, whose rows are its residents already.
@@ -135,7 +141,8 @@ class StateSpec:
             [
                 (state[entry.key], None if residents is None else residents[_layer(entry)])
                 for entry in self.expert
-            ]
+            ],
+            empty,
         )
 
     def split_shared(self, vector: Tensor) -> dict[str, Tensor]:
@@ -162,10 +169,28 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
     Parameters and persistent buffers; a tied weight appears under its first name only.
     """
-    state = {name: p.detach() for name, p in model.named_parameters()}
+    return {name: value.detach() for name, value in _named(model).items()}
+
+
+def hold(model: nn.Module, state: State) -> None:
+    """Make a model hold these very tensors, as one without memory of its own must."""
+    places: dict[int, list[tuple[Any, str]]] = {}
+    for module in model.modules():
+        for kind in (module._parameters, module._buffers):
+            for name, value in kind.items():
+                places.setdefault(id(value), []).append((kind, name))
+    for key, own in _named(model).items():
+        value = state[key]
+        if isinstance(own, nn.Parameter) and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        for kind, name in places[id(own)]:
+            kind[name] = value
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = dict(model.named_parameters())
     persistent = model.state_dict(keep_vars=True)
-    state |= {name: b for name, b in model.named_buffers() if name in persistent}
-    return state
+    return state | {name: b for name, b in model.named_buffers() if name in persistent}
 
 
 def overlay(state: State, spec: StateSpec, pieces: State) -> None:
@@ -193,14 +218,16 @@ def empty_vector(size: int) -> Tensor:
     return torch.from_numpy(np.empty(size, dtype=np.float32))
 
 
-def _packed(parts: Sequence[tuple[Tensor, Sequence[int] | None]]) -> Tensor:
+def _packed(
+    parts: Sequence[tuple[Tensor, Sequence[int] | None]], empty: Empty | None
+) -> Tensor:
     """Copy tensors, or some rows of them, one behind the other into one vector."""
     shapes = [
         tensor.shape if rows is None else torch.Size((len(rows), *tensor.shape[1:]))
         for tensor, rows in parts
     ]
     sizes = [shape.numel() for shape in shapes]
-    vector = empty_vector(sum(sizes))
+    vector = (empty or empty_vector)(sum(sizes))
     pieces = vector.split(sizes) if sizes else ()
     for piece, shape, (tensor, rows) in zip(pieces, shapes, parts, strict=True):
         target, source = piece.view(shape), tensor.detach()

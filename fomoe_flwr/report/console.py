@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _WIDTH = 110
 
 
-def print_start(settings: Settings, run: RunDirectory, layout: Layout, text: TextSummary) -> None:
+def print_start(
+    settings: Settings, run: RunDirectory, layout: Layout, text: TextSummary, server_state: str
+) -> None:
     """Say what is about to run and what it will cost."""
     predicted: dict[str, Any] = dict(costs.summary(settings))
     workers = settings.layout.num_workers
@@ -63,6 +65,7 @@ def print_start(settings: Settings, run: RunDirectory, layout: Layout, text: Tex
             f"{predicted['batch/expert_tokens']:.0f} for an expert on average",
         ),
     ]
+    rows.append(("server state", server_state))
     tell(
         "start",
         "\n".join(f"{name + ':':<16}{value}" for name, value in rows),

@@ -6,7 +6,7 @@ tokenizer/       as trained or given          layout.json     round -> layer -> 
 checkpoints/     see `checkpoint`             samples/        text after each evaluation
 plots/, report.html                           workers/        inner state (simulation only)
 export/          transformers checkpoint      heartbeat.json  which process is at what
-text.json        what text it reads
+text.json        what text it reads           server/         the server's state, if in files
 """
 
 from __future__ import annotations

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fomoe_flwr.config import Settings
 from fomoe_flwr.files import mark_folder, replace_folder
 from fomoe_flwr.model.families import transformers_config
-from fomoe_flwr.model.residency import build_model
-from fomoe_flwr.model.state import load_state
+from fomoe_flwr.model.residency import build_skeleton
+from fomoe_flwr.model.state import hold
 
 
 def assemble(
@@ -20,16 +21,15 @@ def assemble(
     weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerFast,
 ) -> PreTrainedModel:
-    """Build the full model from global weights."""
+    """Build the full model on global weights; it holds `weights` themselves, no copies."""
     config = transformers_config(
         settings.model,
         settings.data.sequence_length,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = build_model(settings.model, config, empty=True)
-    load_state(model, weights)
-    model.eval()
+    model = build_skeleton(settings.model, config, torch.device("cpu"))
+    hold(model, weights)
     return model
 
 

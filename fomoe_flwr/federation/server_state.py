@@ -1,0 +1,124 @@
+"""The server's state: global weights and outer state, in memory or in mapped files.
+
+In files mode nothing here is a copy in memory. Initial weights are made in the files, the outer
+step works on them, and a checkpoint is a second name of each.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from fomoe_flwr import costs
+from fomoe_flwr.aggregation.outer_step import OuterStep
+from fomoe_flwr.config import Settings
+from fomoe_flwr.errors import InputError
+from fomoe_flwr.model.homes import MEMORY, WEIGHTS, Home, SlabHome
+from fomoe_flwr.model.pretrained import fill_pretrained
+from fomoe_flwr.model.residency import build_model, build_skeleton
+from fomoe_flwr.model.state import StateSpec, hold, state_of
+from fomoe_flwr.report.units import size
+from fomoe_flwr.run.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.memory import available_bytes
+
+_SHARE = 0.5
+"""Share of the free memory that `auto` gives to the state; workers and evaluation need some too."""
+
+
+class ServerState:
+    """What the server keeps of the model.
+
+    Parameters
+    ----------
+    settings, config, spec
+        The run's settings, and the model that they describe.
+    run
+        Its directory; files lie in `RUN/server`.
+    checkpoint
+        Where to go on. Without one the weights are new, or those of `model.pretrained`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: PreTrainedConfig,
+        spec: StateSpec,
+        run: RunDirectory,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.settings, self.run = settings, run
+        self.choice, self.home = _choose(settings, run)
+        self.outer = OuterStep(settings.outer, self.home)
+        if checkpoint is None:
+            kept: dict[str, Tensor] = {}
+
+            def place(key: str, like: Tensor) -> Tensor:
+                kept[key] = self.home.make(f"{WEIGHTS}/{key}", like)
+                return kept[key]
+
+            self.model = build_model(settings.model, config, seed=settings.seed, place=place)
+            self.weights = {key: kept[key] for key in state_of(self.model)}
+            if settings.model.pretrained:
+                fill_pretrained(settings.model.pretrained, settings.model, spec, self.weights)
+        else:
+            self.model = build_skeleton(settings.model, config, torch.device("cpu"))
+            self.weights = self._take(checkpoint, spec)
+
+    def save(self, server_round: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint."""
+        checkpoint = Checkpoint(server_round, self.weights, self.outer.tensors(), state)
+        home = self.home if isinstance(self.home, SlabHome) else None
+        save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep, home)
+
+    def _take(self, checkpoint: Checkpoint, spec: StateSpec) -> dict[str, Tensor]:
+        """Make the model hold a checkpoint's weights, and take its outer state."""
+        entries = {entry.key: entry for entry in (*spec.shared, *spec.expert)}
+        weights = {}
+        for key in state_of(self.model):
+            if key not in checkpoint.weights:
+                raise CheckpointError(
+                    f"checkpoint of round {checkpoint.server_round} in {self.run.path} has no {key}"
+                )
+            value = checkpoint.weights[key]
+            if entries[key].is_parameter:
+                value = torch.nn.Parameter(value, requires_grad=False)
+            weights[key] = self.home.take(f"{WEIGHTS}/{key}", value, checkpoint.slabs)
+        hold(self.model, weights)
+        self.outer.restore(checkpoint.outer, checkpoint.slabs)
+        return weights
+
+
+def _choose(settings: Settings, run: RunDirectory) -> tuple[str, Home]:
+    """Return where the state is to live: in words, and the home itself. Raises InputError."""
+    mode, needed = settings.checkpoint.server_state, costs.summary(settings)
+    memory = int(needed["memory/server_bytes"])
+    free = available_bytes()
+    if mode == "auto":
+        mode = "memory" if memory <= _SHARE * free else "files"
+    if mode == "memory":
+        return f"in memory: {size(memory)}, {size(free)} are free", MEMORY
+    folder = run.path / "server"
+    disk = int(needed["disk/server_bytes"])
+    room = shutil.disk_usage(run.path).free + _held_bytes(run.path)
+    if disk > room:
+        raise InputError(
+            f"checkpoint.server_state=files needs {size(disk)} of disk in {run.path}, "
+            f"{size(room)} are free: make room, or lower "
+            f"checkpoint.keep={settings.checkpoint.keep}"
+        )
+    held = int(needed["memory/server_files_bytes"])
+    text = f"in files: {size(disk)} of disk in {folder}, {size(held)} of memory"
+    return f"{text} instead of {size(memory)}", SlabHome(folder)
+
+
+def _held_bytes(folder: Path) -> int:
+    """Return the bytes that lie in a folder, each file once whatever its names."""
+    found = [path.lstat() for path in folder.rglob("*")]
+    return sum({each.st_ino: 512 * each.st_blocks for each in found}.values())
