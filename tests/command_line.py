@@ -12,18 +12,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fomoe_flwr.cli.main import main
+from fomoe_flwr.run.checkpoint import load_latest
 from fomoe_flwr.run.directory import RunDirectory
 
 Start = Callable[..., RunDirectory]
 
 
 def lasting(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return the metrics that a repetition must repeat: all but times and the text of paths."""
+    """Return the metrics that a repetition must repeat: no times, memory, or text of paths."""
     return [
         {
             k: v
             for k, v in row.items()
-            if "seconds" not in k and k != "train/tokens_per_second" and "overhead" not in k
+            if "seconds" not in k
+            and k != "train/tokens_per_second"
+            and "overhead" not in k
+            and not k.startswith("server/")
         }
         for row in run.read_metrics()
     ]
@@ -32,6 +36,9 @@ def lasting(run: RunDirectory) -> list[dict[str, Any]]:
 def stored(run: RunDirectory) -> dict[str, dict[str, Tensor]]:
     """Return every file of tensors of the last checkpoint, by the file's name."""
     name = (run.checkpoints / "latest").read_text(encoding="utf-8").strip()
+    if (run.checkpoints / name / "slabs").is_dir():
+        found = load_latest(run.checkpoints)
+        return {"weights": dict(found.weights), "outer": dict(found.outer)}
     files = sorted((run.checkpoints / name).glob("*.safetensors"))
     return {path.stem: load_file(path) for path in files}
 

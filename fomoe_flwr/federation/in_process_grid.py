@@ -26,6 +26,8 @@ _RUN_ID = 1
 class InProcessGrid(NodeGrid):
     """Drive a ClientApp directly, with one Flower Context per node."""
 
+    works_when_asked = True
+
     def __init__(self, client_app: ClientApp, num_nodes: int, state_dir: Path) -> None:
         TaskIdentity.run_id = _RUN_ID
         TaskIdentity.task_id = _RUN_ID

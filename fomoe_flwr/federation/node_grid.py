@@ -28,6 +28,10 @@ _PULL_SECONDS = 1.0
 class NodeGrid(Grid):
     """A grid whose nodes can be told apart from those that were started anew."""
 
+    works_when_asked = False
+    """Whether a node works only while its reply is pulled, so that nothing is gained by sending
+    all tasks first."""
+
     def activations(self) -> dict[int, str]:
         """Return {node: when it last came} of the nodes that are in touch."""
         return dict.fromkeys(self.get_node_ids(), "")

@@ -47,6 +47,7 @@ from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.evaluation import EvalReport, unigram_entropy
 from fomoe_flwr.run.export import assemble, export_model
 from fomoe_flwr.run.heartbeat import Heartbeat
+from fomoe_flwr.run.memory import AnonymousPeak
 from fomoe_flwr.run.phases import Phases
 from fomoe_flwr.run.tracking import Tracker
 from fomoe_flwr.run.turnout import turnout
@@ -100,6 +101,7 @@ class Server:
         self.tracker = Tracker(self.run, settings)
         self.live = report.LiveReport(self.run)
         self.routing = RoutingLog(settings, self.spec, blocks)
+        self.memory = AnonymousPeak()
         self.strategy = FoMoEStrategy(
             settings,
             self.spec,
@@ -146,6 +148,7 @@ class Server:
                 self.live.finish()
             raise
         finally:
+            self.memory.close()
             self.tracker.close()
             tell("run_directory", f"run directory: {self.run.path}", path=str(self.run.path))
 
@@ -196,6 +199,8 @@ class Server:
         self.run.add_layout(server_round, record.layout.residents)
         self.run.append_routing(tables)
         phases.end("other")
+        row["server/anonymous_bytes"] = self.memory.look()
+        row["server/peak_bytes"] = self.memory.take()
         seconds = phases.take()
         row["round/seconds"] = sum(seconds.values())
         row |= {f"round/{phase}_seconds": value for phase, value in seconds.items()}
@@ -267,7 +272,7 @@ class Server:
         try:
             check_folder(self.run.export, "the run's")
             exported = assemble(self.settings, self.state.weights, self.tokenizer)
-            export_model(exported, self.tokenizer, self.run.export)
+            export_model(exported, self.tokenizer, self.run.export, self.state.shard)
         except InputError as error:
             print(f"not exported: {error}, with fomoe export {self.run.path} --to", flush=True)
         self.phases.end("export")

@@ -26,6 +26,7 @@ from fomoe_flwr.model.state import StateSpec, hold, state_of
 from fomoe_flwr.report.units import size
 from fomoe_flwr.run.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.export import SMALL_SHARD
 from fomoe_flwr.run.memory import available_bytes
 
 _SHARE = 0.5
@@ -70,6 +71,11 @@ class ServerState:
         else:
             self.model = build_skeleton(settings.model, config, torch.device("cpu"))
             self.weights = self._take(checkpoint, spec)
+
+    @property
+    def shard(self) -> str:
+        """Size of the files of an export; any where the model is in memory anyway."""
+        return "" if self.home is MEMORY else SMALL_SHARD
 
     def save(self, server_round: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint."""

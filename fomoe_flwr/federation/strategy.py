@@ -166,11 +166,24 @@ class FoMoEStrategy(Strategy):
         patience = timeout or self.settings.federation.round_timeout_seconds
         tasks = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         started, record = time.monotonic(), self._round
-        self._send(tasks, grid)
-        replies = self._waiting.replies(grid, record, started + patience, partial(self._meet, grid))
-        self.aggregate_train(server_round, replies)
+        self._waiting.begin()
+        self.aggregate_train(server_round, self._replies(tasks, grid, started + patience))
         with self._meeting(grid):
             return self.on_round(record)
+
+    def _replies(
+        self, tasks: Iterable[Message], grid: NodeGrid, deadline: float
+    ) -> Iterator[Message]:
+        """Send the tasks and yield the replies; one after the other where nodes work when asked."""
+        meet = partial(self._meet, grid)
+        if not grid.works_when_asked:
+            self._send(tasks, grid)
+            yield from self._waiting.replies(grid, self._round, deadline, meet)
+            return
+        for task in tasks:
+            self._send([task], grid)
+            del task
+            yield from self._waiting.replies(grid, self._round, deadline, meet)
 
     @contextmanager
     def _meeting(self, grid: NodeGrid) -> Iterator[None]:
@@ -272,10 +285,10 @@ class FoMoEStrategy(Strategy):
             sent |= push(grid, [task])
             del task
         worker_of = self.seats.worker_of_node
-        self._waiting.begin(
+        self._waiting.add(
             {i: OutTask(worker_of[node], node, record.server_round) for i, node in sent.items()}
         )
-        record.send_seconds = time.monotonic() - started
+        record.send_seconds += time.monotonic() - started
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -306,7 +319,7 @@ class FoMoEStrategy(Strategy):
                 record.failures.setdefault(worker, "no reply before the round's deadline")
         for worker, reason in sorted(record.failures.items()):
             log(WARNING, "round %s: worker %s left out: %s", record.server_round, worker, reason)
-        record.train_seconds = time.monotonic() - started
+        record.train_seconds = time.monotonic() - started - record.send_seconds
 
     def _fold(self, message: Message, worker: int, means: RoundMeans) -> None:
         """Check a whole reply, then fold it. Raises WireError before anything is changed."""

@@ -49,10 +49,14 @@ class Waiting:
     _latecomers: list[int] = field(default_factory=list)
     _looked: float = 0.0
 
-    def begin(self, tasks: Mapping[str, OutTask]) -> None:
-        """Take the tasks of a new round."""
-        self._out = dict(sorted(tasks.items(), key=lambda item: item[1].worker))
-        self.sent = {message_id: task.worker for message_id, task in self._out.items()}
+    def begin(self) -> None:
+        """Begin a new round."""
+        self.sent = {}
+
+    def add(self, tasks: Mapping[str, OutTask]) -> None:
+        """Take tasks of this round."""
+        self._out |= dict(sorted(tasks.items(), key=lambda item: item[1].worker))
+        self.sent |= {message_id: task.worker for message_id, task in tasks.items()}
 
     def replies(
         self, grid: NodeGrid, record: RoundRecord, deadline: float, meet: Callable[[], None]

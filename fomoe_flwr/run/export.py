@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from fomoe_flwr.files import mark_folder, replace_folder
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_skeleton
 from fomoe_flwr.model.state import hold
+
+SMALL_SHARD = "500MB"
+"""Size of an export's files where the model may not fit into memory."""
 
 
 def assemble(
@@ -33,12 +37,33 @@ def assemble(
     return model
 
 
-def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Write `model` and `tokenizer` so that stock `from_pretrained` reads both; atomic."""
+def export_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path, shard: str = ""
+) -> None:
+    """Write `model` and `tokenizer` so that stock `from_pretrained` reads both; atomic.
+
+    With a size, such as `500MB`, as many files of that size are written as it takes, and no more
+    than about two of them are in memory.
+    """
 
     def fill(draft: Path) -> None:
-        model.save_pretrained(draft)
+        if shard:
+            _save_by_shards(model, draft, shard)
+        else:
+            model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         mark_folder(draft)
 
     replace_folder(path, fill)
+
+
+def _save_by_shards(model: PreTrainedModel, folder: Path, shard: str) -> None:
+    # transformers splits stacked experts of all layers before it writes the first file, except for
+    # a model that is offloaded: there file by file. Ours is, to files that are mapped.
+    vars(model)["hf_device_map"] = {"": "cpu"}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            model.save_pretrained(folder, max_shard_size=shard)
+    finally:
+        del vars(model)["hf_device_map"]

@@ -17,7 +17,7 @@ from fomoe_flwr.files import check_folder
 from fomoe_flwr.run.checkpoint import Checkpoint, load_latest
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.evaluation import evaluate, sample_text
-from fomoe_flwr.run.export import assemble, export_model
+from fomoe_flwr.run.export import SMALL_SHARD, assemble, export_model
 
 
 class StoredRun:
@@ -74,5 +74,6 @@ class StoredRun:
         path = (target or self.run.export).expanduser()
         check_folder(path, "--to")
         path = path.resolve()
-        export_model(self.model, self.tokenizer, path)
+        shard = SMALL_SHARD if self.checkpoint.slabs else ""
+        export_model(self.model, self.tokenizer, path, shard)
         return path

@@ -35,6 +35,8 @@ class Clock:
 class SlowGrid(CountingGrid):
     """Workers that take their time; what was asked of them is done when it is due."""
 
+    works_when_asked = False
+
     def __init__(self, folder: Path, num_nodes: int, clock: Clock, delay: Delay) -> None:
         super().__init__(folder, num_nodes)
         self.clock, self.delay = clock, delay

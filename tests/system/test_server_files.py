@@ -1,0 +1,168 @@
+"""A server whose state lies in files ends with the same bits as one that keeps it in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import Start, assert_same_end
+
+from fomoe_flwr.cli.main import main
+from fomoe_flwr.federation.server import Server
+from fomoe_flwr.run.directory import RunDirectory
+
+FILES, MEMORY = "checkpoint.server_state=files", "checkpoint.server_state=memory"
+RESUMED = ["rounds=4", "outer=nesterov", "layout.kind=random", "layout.reshuffle_every=2"]
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stop_in_round(patch: pytest.MonkeyPatch, server_round: int) -> None:
+    inner = Server._close_round
+
+    def instead(self: Server, record: object) -> object:
+        if record.server_round == server_round:  # type: ignore[attr-defined]
+            raise StoppedError
+        return inner(self, record)  # type: ignore[arg-type]
+
+    patch.setattr(Server, "_close_round", instead)
+
+
+def exported(run: RunDirectory) -> dict[str, object]:
+    from safetensors.torch import load_file
+
+    found: dict[str, object] = {}
+    for path in sorted(run.export.glob("*.safetensors")):
+        found |= {key: value.tolist() for key, value in load_file(path).items()}
+    return found
+
+
+MODES = {
+    "nesterov": "outer=nesterov layout.kind=rolling layout.overlap=1",
+    "moments": "outer=local_adamw layout.kind=random",
+    "fragments": "outer.fragments=2 layout.kind=balanced",
+    "int4": "wire.up=int4 wire.rounding=stochastic wire.down=bfloat16",
+    "median": "outer.robust=median outer.weighting=uniform",
+    "router rows": "outer.router_rows=holders outer.weighting=routed",
+    "privacy": "outer.weighting=uniform privacy.clip_norm=0.1 privacy.noise_multiplier=1 "
+    "privacy.noise_seed=3",
+    "tied, partitioned": "model.tie_embeddings=true model.routing=partitioned",
+    "buffers": "model.family=deepseek_v3 model.num_kv_heads=${model.num_heads}",
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_files_and_memory_end_with_the_same_bits(mode: str, start: Start) -> None:
+    memory = start("memory", *mode.split(), MEMORY)
+    files = start("files", *mode.split(), FILES)
+    assert_same_end(memory, files)
+    assert exported(memory) == exported(files)
+
+
+@pytest.mark.parametrize("first", [FILES, MEMORY])
+@pytest.mark.parametrize("then", [FILES, MEMORY])
+def test_either_kind_of_server_goes_on_from_either_kind_of_checkpoint(
+    first: str, then: str, start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = start("whole", *RESUMED, MEMORY)
+    with monkeypatch.context() as patch:
+        stop_in_round(patch, 3)
+        with pytest.raises(StoppedError):
+            start("halved", *RESUMED, first)
+    halved = RunDirectory(tmp_path / "halved")
+    assert main(["run", f"resume={halved.path}", then]) == 0
+    assert_same_end(whole, halved)
+
+
+def slabs_of(run: RunDirectory, server_round: int) -> dict[str, Path]:
+    folder = run.checkpoints / f"round-{server_round:06d}" / "slabs"
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_a_checkpoint_names_files_and_never_changes(start: Start) -> None:
+    run = start("files", "outer=nesterov", "rounds=3", "checkpoint.keep=3", FILES)
+    last, before = slabs_of(run, 3), slabs_of(run, 2)
+    assert last.keys() == before.keys()
+    assert {name.split("/")[0] for name in last} == {"weights", "momentum"}
+    live = run.path / "server"
+    for name, path in last.items():
+        assert os.path.samefile(path, live / name)
+        assert not os.path.samefile(path, before[name])
+    # The same run, stopped a round earlier, ends where the second checkpoint was taken.
+    shorter = start("shorter", "outer=nesterov", "rounds=2", "local.schedule=constant", FILES)
+    other = start("longer", "outer=nesterov", "rounds=3", "local.schedule=constant", FILES)
+    kept = {name: path.read_bytes() for name, path in slabs_of(other, 2).items()}
+    assert kept == {name: path.read_bytes() for name, path in slabs_of(shorter, 2).items()}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def spoil_header(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[:8] = b"\xff" * 8
+    path.write_bytes(data)
+
+
+def swap(path: Path) -> None:
+    path.write_bytes(
+        path.with_name("model.layers.1.mlp.experts.down_proj.safetensors").read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (Path.unlink, "is missing"),
+        (cut, "are expected"),
+        (spoil_header, "is damaged"),
+        (swap, "is expected"),
+    ],
+)
+@pytest.mark.parametrize("mode", [FILES, MEMORY])
+def test_a_harmed_slab_is_told_and_nothing_is_lost(
+    harm: object, told: str, mode: str, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start("files", "rounds=2", FILES)
+    key = "model.layers.0.mlp.experts.down_proj"
+    path = slabs_of(run, 2)[f"weights/{key}.safetensors"]
+    copy = path.read_bytes()
+    path.unlink()  # so that only the checkpoint's name is harmed
+    path.write_bytes(copy)
+    harm(path)  # type: ignore[operator]
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file() and p != path}
+    capsys.readouterr()
+    assert main(["run", f"resume={run.path}", "rounds=3", mode]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert told in line
+    assert key in line
+    assert line.startswith("error: cannot read the checkpoint")
+    after = {p: p.read_bytes() for p in before if p.exists()}
+    changed = {p.name for p in before if after.get(p) != before[p]}
+    assert changed <= {"heartbeat.json", ".made-by-fomoe"}
+
+
+SLACK = 2**29
+"""What the server may hold beside one reply."""
+
+
+def test_the_server_holds_one_reply_and_not_the_model(small_text: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("server_files_process.py")
+    shape = ["model.hidden_size=512", "model.expert_size=768", "model.num_experts=32"]
+    rest = ["rounds=2", "outer=nesterov", "layout.num_workers=4", "layout.overlap=1", *shape]
+    words = [sys.executable, str(script), str(small_text), str(tmp_path), FILES, *rest]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    # In memory it would hold weights, momentum, means and a reply.
+    assert found["reply"] + SLACK < 2.5 * found["model"]
+    assert found["peak"] - found["idle"] <= found["reply"] + SLACK
+    assert max(found["told"]) <= found["peak"]
+    assert max(found["told"]) > found["idle"]
