@@ -29,7 +29,7 @@ from fomoe_flwr.costs.memory import (
     server_memory,
     state_bytes,
 )
-from fomoe_flwr.costs.overview import lines, summary
+from fomoe_flwr.costs.overview import lines, summary, worker_parameters
 from fomoe_flwr.costs.paper import paper_counts, paper_memory_bytes, paper_token_flops
 from fomoe_flwr.costs.sheet import Line, show, shown
 from fomoe_flwr.costs.topology import (

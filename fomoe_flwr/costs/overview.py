@@ -33,6 +33,12 @@ def summary(settings: Settings) -> dict[str, Number | str]:
     return {line.key: line.value for line in lines(settings)}
 
 
+def worker_parameters(settings: Settings) -> int:
+    """Return the parameters that the largest worker holds, in the rounds in which it holds most."""
+    case = Case(settings)
+    return case.counts.total if settings.layout.warm_rounds else max(case.resident)
+
+
 def lines(settings: Settings) -> list[Line]:
     """Return the cost sheet of a run; raise SettingsError if no layout can be drawn."""
     case = Case(settings)

@@ -14,6 +14,7 @@ from flwr.app import Context, RecordDict
 
 from fomoe_flwr import __version__
 from fomoe_flwr.config import Settings
+from fomoe_flwr.costs import parameter_counts
 from fomoe_flwr.data.cache import cache_dir, cached_at
 from fomoe_flwr.data.inventory import check_worker_text
 from fomoe_flwr.data.source import NodeData
@@ -24,9 +25,10 @@ from fomoe_flwr.federation.task_header import TaskHeader
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.parallel.choice import num_processes
 from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 from fomoe_flwr.worker.cache import CACHE
-from fomoe_flwr.worker.device import capacity_gib, pick_device
+from fomoe_flwr.worker.device import capacity_gib, check_worker_memory, pick_device
 from fomoe_flwr.worker.multi_gpu import NODE_PROCESSES, num_node_processes
 from fomoe_flwr.worker.round import RoundResult, RoundTask, run_round
 
@@ -44,6 +46,10 @@ def answer_query(content: RecordDict, context: Context) -> RecordDict:
         )
     settings = CACHE.settings(_with_node_overrides(setup["settings"], context))
     _check_spec(settings, str(setup.get("spec_digest")))
+    if settings.layout.overlap == settings.layout.num_workers:  # Then this node's share is known.
+        device = pick_device(settings.local.device)
+        count = num_processes(settings, device.type, torch.cuda.device_count())
+        check_worker_memory(settings, parameter_counts(settings.model).total, device, count)
     text = str(setup["tokenizer"])
     if _kept_tokenizer(tokenizer_digest(text)) is None:
         path = _tokenizer_path(tokenizer_digest(text))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fomoe_flwr.config import Settings
-from fomoe_flwr.costs import layout_context
+from fomoe_flwr.costs import layout_context, worker_parameters
 from fomoe_flwr.data.inventory import check_inventory
 from fomoe_flwr.data.source import check_data
 from fomoe_flwr.layout import check_layout
@@ -16,7 +16,7 @@ from fomoe_flwr.parallel.batch_split import BatchSplit
 from fomoe_flwr.parallel.choice import num_processes
 from fomoe_flwr.run.directory import RunDirectory, claim_output_dir
 from fomoe_flwr.run.tracking import check_tracker
-from fomoe_flwr.worker.device import check_device, pick_device
+from fomoe_flwr.worker.device import check_device, check_worker_memory, pick_device
 
 
 def preflight(settings: Settings) -> None:
@@ -29,7 +29,9 @@ def preflight(settings: Settings) -> None:
         BatchSplit.of(settings.local, settings.local.processes)
     if is_here:
         check_device(settings.local)
-        num_processes(settings, pick_device(settings.local.device).type, torch.cuda.device_count())
+        device = pick_device(settings.local.device)
+        count = num_processes(settings, device.type, torch.cuda.device_count())
+        check_worker_memory(settings, worker_parameters(settings), device, count)
     if model.pretrained:
         check_pretrained(Path(model.pretrained), model)
     check_tracker(settings)

@@ -9,7 +9,8 @@ from typing import Any
 import psutil
 import torch
 
-from fomoe_flwr.config import LocalSettings, SettingsError
+from fomoe_flwr.config import LocalSettings, Settings, SettingsError
+from fomoe_flwr.costs import memory_bytes
 from fomoe_flwr.errors import InputError
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -26,6 +27,27 @@ def check_device(local: LocalSettings) -> None:
     """Refuse a GPU that is not there. Raises SettingsError."""
     if local.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
+
+
+def check_worker_memory(
+    settings: Settings, num_parameters: int, device: torch.device, num_processes: int = 1
+) -> None:
+    """Refuse a worker of so many parameters whose training state cannot fit on its device.
+
+    Activations come on top: that it fits is no promise. Raises SettingsError.
+    """
+    local = settings.local
+    needed = memory_bytes(num_parameters, local.optimizer, local.precision)
+    if local.parallel in ("auto", "fsdp"):
+        needed //= num_processes  # `auto` cuts what does not fit otherwise.
+    held = _memory_bytes(device)
+    if needed > held:
+        raise SettingsError(
+            f"a worker of {num_parameters / 1e9:.2f}B parameters has {needed / 2**30:.1f} GiB of "
+            f"training state, {device.type} has {held / 2**30:.1f} GiB: lower layout.overlap="
+            f"{settings.layout.overlap} (of {settings.layout.num_workers} workers), so that it "
+            "holds fewer experts, or take a smaller model"
+        )
 
 
 def capacity_gib(granted: Any, share: float, device: torch.device) -> float:

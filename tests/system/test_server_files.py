@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import Start, assert_same_end
 
 from fomoe_flwr.cli.main import main
+from fomoe_flwr.federation import server_state
 from fomoe_flwr.federation.server import Server
+from fomoe_flwr.model import slab
 from fomoe_flwr.run.directory import RunDirectory
+from fomoe_flwr.run.heartbeat import Heartbeat
 
 FILES, MEMORY = "checkpoint.server_state=files", "checkpoint.server_state=memory"
 RESUMED = ["rounds=4", "outer=nesterov", "layout.kind=random", "layout.reshuffle_every=2"]
@@ -166,3 +171,86 @@ def test_the_server_holds_one_reply_and_not_the_model(small_text: Path, tmp_path
     assert found["peak"] - found["idle"] <= found["reply"] + SLACK
     assert max(found["told"]) <= found["peak"]
     assert max(found["told"]) > found["idle"]
+
+
+def test_a_full_disk_is_told_before_anything_starts(
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = SimpleNamespace(total=2**30, used=2**30, free=2**20)
+    monkeypatch.setattr(server_state.shutil, "disk_usage", lambda path: usage)
+    assert main([*words, f"output_dir={tmp_path / 'run'}", FILES]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("error: checkpoint.server_state=files needs ")
+    assert line.endswith("MiB are free: make room, or lower checkpoint.keep=2")
+    assert list((tmp_path / "run").rglob("*.safetensors")) == []
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_nothing(
+    start: Start,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = start("whole", *RESUMED, MEMORY)
+    inner, left = slab.os.posix_fallocate, [120]
+
+    def allocate(*place: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        inner(*place)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(slab.os, "posix_fallocate", allocate)
+        assert main([*words, f"output_dir={tmp_path / 'full'}", *RESUMED, FILES]) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    full = RunDirectory(tmp_path / "full")
+    assert line.startswith(f"error: the run stopped at {full.path / 'server'}")
+    assert line.endswith(
+        f"make room, or name another place; then go on with fomoe run resume={full.path}"
+    )
+    assert 1 <= len(full.read_metrics()) < 4
+    assert main(["run", f"resume={full.path}"]) == 0
+    assert_same_end(whole, full)
+
+
+def test_a_folder_that_another_run_works_in_is_left_alone(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start("run", "rounds=2", FILES)
+    before = {path: path.stat().st_ino for path in (run.path / "server").rglob("*")}
+    with Heartbeat(run.heartbeat):
+        assert main(["run", f"resume={run.path}", "rounds=3"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith(f"error: another process writes to {run.path}")
+    assert {path: path.stat().st_ino for path in (run.path / "server").rglob("*")} == before
+
+
+def test_a_folder_that_this_run_did_not_make_is_left_alone(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start("run", "rounds=2", MEMORY)
+    mine = run.path / "server" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("all of it")
+    assert main(["run", f"resume={run.path}", "rounds=3", FILES]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line == f"error: {mine.parent} was not made by this run: move it away"
+    assert mine.read_text() == "all of it"
+
+
+def test_where_memory_has_no_room_the_state_lies_in_files(
+    start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start("roomy")
+    assert not (run.path / "server").exists()
+    assert "server state:   in memory: " in capsys.readouterr().out
+    monkeypatch.setattr(server_state, "available_bytes", lambda: 2**20)
+    run = start("narrow")
+    assert (run.path / "server" / "weights").is_dir()
+    assert f"of disk in {run.path / 'server'}" in capsys.readouterr().out

@@ -8,10 +8,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from micro import micro
 
+from fomoe_flwr.config import SettingsError
 from fomoe_flwr.errors import InputError
 from fomoe_flwr.worker import device
-from fomoe_flwr.worker.device import capacity_gib
+from fomoe_flwr.worker.device import capacity_gib, check_worker_memory
 
 CPU = torch.device("cpu")
 
@@ -37,3 +39,30 @@ def test_without_a_grant_it_is_a_share_of_machine_or_container(
     assert capacity_gib(None, 0.25, CPU) == whole / 4
     limit.write_text(f"{2**28}\n")
     assert capacity_gib(None, 0.5, CPU) == 0.125
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "processes", "parallel", "fits"),
+    [
+        (2**26, 1, "auto", True),
+        (2**26 + 1, 1, "auto", False),
+        (2**27, 2, "auto", True),
+        (2**27, 2, "fsdp", True),
+        (2**27, 2, "ddp", False),
+    ],
+)
+def test_a_worker_whose_state_cannot_fit_is_refused_with_the_sizes(
+    num_parameters: int,
+    processes: int,
+    parallel: str,
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "_memory_bytes", lambda device: 2**30)
+    settings = micro(f"local.parallel={parallel}", "layout.overlap=3")
+    if fits:
+        check_worker_memory(settings, num_parameters, CPU, processes)
+        return
+    expected = rf"has {num_parameters * 16 / 2**30:.1f} GiB of training state, cpu has 1.0 GiB: "
+    with pytest.raises(SettingsError, match=expected + r"lower layout.overlap=3 \(of 3 workers\)"):
+        check_worker_memory(settings, num_parameters, CPU, processes)
