@@ -11,6 +11,7 @@ from torch import Tensor
 from fomoe_flwr.errors import InputError
 from fomoe_flwr.files import is_marked, mark_folder
 from fomoe_flwr.model.slab import Slab, give_name, scratch
+from fomoe_flwr.model.state import empty_vector
 
 WEIGHTS = "weights"
 """Kind of the global weights; the kinds of outer state are those of `OuterStep.tensors`."""
@@ -30,6 +31,10 @@ class Home:
     def scratch(self, *shape: int) -> Tensor:
         """Return fp32 zeros that nobody keeps."""
         return torch.zeros(shape)
+
+    def vector(self, size: int) -> Tensor:
+        """Return so many fp32 numbers of any value, to be filled."""
+        return empty_vector(size)
 
     def take(self, name: str, value: Tensor, source: Path | None = None) -> Tensor:
         """Keep a value of a checkpoint under a name; it may be kept in that checkpoint's folder."""
@@ -82,6 +87,10 @@ class SlabHome(Home):
     def scratch(self, *shape: int) -> Tensor:
         """Return mapped zeros in a file without a name."""
         return scratch(self.folder, torch.Size(shape))
+
+    def vector(self, size: int) -> Tensor:
+        """Return a mapped vector in a file without a name."""
+        return self.scratch(size)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every file by the name of what it keeps."""

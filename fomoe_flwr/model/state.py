@@ -218,9 +218,7 @@ def empty_vector(size: int) -> Tensor:
     return torch.from_numpy(np.empty(size, dtype=np.float32))
 
 
-def _packed(
-    parts: Sequence[tuple[Tensor, Sequence[int] | None]], empty: Empty | None
-) -> Tensor:
+def _packed(parts: Sequence[tuple[Tensor, Sequence[int] | None]], empty: Empty | None) -> Tensor:
     """Copy tensors, or some rows of them, one behind the other into one vector."""
     shapes = [
         tensor.shape if rows is None else torch.Size((len(rows), *tensor.shape[1:]))

@@ -160,8 +160,8 @@ SLACK = 2**29
 
 def test_the_server_holds_one_reply_and_not_the_model(small_text: Path, tmp_path: Path) -> None:
     script = Path(__file__).with_name("server_files_process.py")
-    shape = ["model.hidden_size=512", "model.expert_size=768", "model.num_experts=32"]
-    rest = ["rounds=2", "outer=nesterov", "layout.num_workers=4", "layout.overlap=1", *shape]
+    shape = ["model.hidden_size=512", "model.expert_size=640", "model.num_experts=32"]
+    rest = ["rounds=1", "outer=nesterov", "layout.num_workers=4", "layout.overlap=1", *shape]
     words = [sys.executable, str(script), str(small_text), str(tmp_path), FILES, *rest]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
