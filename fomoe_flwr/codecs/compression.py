@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from fomoe_flwr.codecs.errors import CodecError
+from fomoe_flwr.codecs.floats import Data
 
 
 def zstd_module() -> ModuleType:
@@ -16,13 +17,13 @@ def zstd_module() -> ModuleType:
     return zstandard
 
 
-def compress(data: bytes, level: int) -> bytes:
+def compress(data: Data, level: int) -> bytes:
     """Compress to one frame that names its content's size."""
     packed: bytes = zstd_module().ZstdCompressor(level=level).compress(data)
     return packed
 
 
-def decompress(data: bytes, num_bytes: int) -> bytes:
+def decompress(data: Data, num_bytes: int) -> bytes:
     """Decompress a frame of exactly `num_bytes` of content; a larger one is refused unopened.
 
     Raises CodecError for anything else.

@@ -10,22 +10,28 @@ from torch import Tensor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def encode_floats(vector: Tensor, name: str) -> bytes:
-    """Write little-endian numbers without a header."""
+Data = bytes | memoryview
+"""Encoded bytes, which nobody may change: perhaps a view of a tensor's own memory."""
+
+
+def encode_floats(vector: Tensor, name: str) -> Data:
+    """Write little-endian numbers without a header; fp32 itself is a view of `vector`."""
     return to_bytes(vector.to(DTYPES[name]))
 
 
-def decode_floats(data: bytes, name: str) -> Tensor:
+def decode_floats(data: Data, name: str) -> Tensor:
     """Read numbers back as fp32; fp32 itself is a view of `data` and must not be written to."""
     return from_bytes(data, DTYPES[name]).float()
 
 
-def to_bytes(values: Tensor) -> bytes:
-    """Return a tensor's memory as bytes."""
-    return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
+def to_bytes(values: Tensor) -> Data:
+    """View a tensor's memory as bytes."""
+    if not values.numel():
+        return b""
+    return values.cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def from_bytes(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
+def from_bytes(data: Data, dtype: torch.dtype) -> Tensor:
     """View bytes as a flat tensor, without a copy."""
     if not len(data):
         return torch.empty(0, dtype=dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fomoe_flwr.codecs.errors import CodecError
-from fomoe_flwr.codecs.floats import from_bytes
+from fomoe_flwr.codecs.floats import Data, from_bytes, to_bytes
 from fomoe_flwr.codecs.sizes import BLOCK, SCALE_BYTES
 from fomoe_flwr.codecs.slabs import slabs
 
@@ -21,12 +21,13 @@ _LARGEST_SCALE = {name: torch.finfo(torch.float32).max / (n + 1) for name, n in 
 """Times any integer it is still finite."""
 
 
-def encode_integers(vector: Tensor, name: str, generator: torch.Generator | None) -> bytes:
+def encode_integers(vector: Tensor, name: str, generator: torch.Generator | None) -> Data:
     """Quantise; with a generator, round by chance."""
     size, top = vector.numel(), _LARGEST[name]
     num_blocks = -(-size // BLOCK)
-    scales = torch.empty(num_blocks)
-    codes = torch.empty(size if name == "int8" else -(-size // 2), dtype=torch.uint8)
+    scale_bytes = SCALE_BYTES * num_blocks
+    out = torch.empty(scale_bytes + (size if name == "int8" else -(-size // 2)), dtype=torch.uint8)
+    scales, codes = out[:scale_bytes].view(torch.float32), out[scale_bytes:]
     for part in slabs(size):
         blocks = _blocks(vector[part])
         first = part.start // BLOCK
@@ -44,10 +45,10 @@ def encode_integers(vector: Tensor, name: str, generator: torch.Generator | None
         else:
             packed = _pack(levels)
             codes[part.start // 2 : part.start // 2 + len(packed)] = packed
-    return scales.numpy().tobytes() + codes.numpy().tobytes()
+    return to_bytes(out)
 
 
-def decode_integers(data: bytes, name: str, size: int) -> Tensor:
+def decode_integers(data: Data, name: str, size: int) -> Tensor:
     """Read numbers back. Raises CodecError for a scale that no encoder writes."""
     num_blocks = -(-size // BLOCK)
     scales = from_bytes(data[: SCALE_BYTES * num_blocks], torch.float32)

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fomoe_flwr.codecs.errors import CodecError
-from fomoe_flwr.codecs.floats import from_bytes, to_bytes
+from fomoe_flwr.codecs.floats import Data, from_bytes, to_bytes
 from fomoe_flwr.codecs.sizes import CHUNK, Codec
 from fomoe_flwr.codecs.slabs import slabs
 
 
-def encode_sparse(vector: Tensor, codec: Codec) -> bytes:
+def encode_sparse(vector: Tensor, codec: Codec) -> Data:
     """Keep the largest numbers of each chunk."""
     places, levels, values = [], [], []
     for part in slabs(vector.numel()):
@@ -37,10 +37,10 @@ def encode_sparse(vector: Tensor, codec: Codec) -> bytes:
     if codec.name == "topk_int2":
         codes = _pack_pairs(codes)
     level_bytes = to_bytes(torch.cat(levels)) if levels else b""
-    return to_bytes(_pack_places(torch.cat(places))) + level_bytes + to_bytes(codes)
+    return b"".join((to_bytes(_pack_places(torch.cat(places))), level_bytes, to_bytes(codes)))
 
 
-def decode_sparse(data: bytes, codec: Codec, size: int) -> Tensor:
+def decode_sparse(data: Data, codec: Codec, size: int) -> Tensor:
     """Read numbers back, zeros elsewhere.
 
     Raises CodecError for places out of range, repeated or not ascending, and for levels that are

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from fomoe_flwr.codecs.compression import compress, decompress
 from fomoe_flwr.codecs.errors import CodecError
-from fomoe_flwr.codecs.floats import decode_floats, encode_floats
+from fomoe_flwr.codecs.floats import Data, decode_floats, encode_floats
 from fomoe_flwr.codecs.integers import decode_integers, encode_integers
 from fomoe_flwr.codecs.sizes import FLOATS, INTEGERS, Codec
 from fomoe_flwr.codecs.slabs import is_finite
 from fomoe_flwr.codecs.sparse import decode_sparse, encode_sparse
 
 
-def encode(vector: Tensor, codec: Codec, seed: int = 0) -> bytes:
-    """Turn a flat fp32 vector into bytes; `seed` decides what is rounded by chance."""
+def encode(vector: Tensor, codec: Codec, seed: int = 0) -> Data:
+    """Turn a flat fp32 vector into bytes; `seed` decides what is rounded by chance.
+
+    The bytes may be the vector's own memory: it must not change while they are in use.
+    """
     vector = vector.detach()
     if codec.name in FLOATS:
         data = encode_floats(vector, codec.name)
@@ -30,7 +33,7 @@ def encode(vector: Tensor, codec: Codec, seed: int = 0) -> bytes:
     return compress(data, codec.zstd_level) if codec.zstd_level else data
 
 
-def decode(data: bytes, codec: Codec, size: int) -> Tensor:
+def decode(data: Data, codec: Codec, size: int) -> Tensor:
     """Turn bytes back into a flat fp32 vector of `size` elements, not to be written to.
 
     Raises CodecError for bytes of another length and for numbers that are not finite.

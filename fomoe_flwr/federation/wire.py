@@ -24,6 +24,8 @@ from fomoe_flwr.errors import one_line
 from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
 
 STYPE = "fomoe.flat"
+LARGE_BYTES = 2**20
+"""From here on an array is a view of the vector's own memory."""
 KINDS = ("shared", "experts", "moments", "overhead")
 """Kinds by which bytes are counted."""
 
@@ -60,7 +62,14 @@ def encode(vector: Tensor, codec: Codec | str, seed: int = 0) -> Array:
     """
     codec = Codec(codec) if isinstance(codec, str) else codec
     data = codecs.encode(vector, codec, seed)
-    return Array(dtype=codec.label, shape=(vector.numel(),), stype=STYPE, data=data)
+    is_large = len(data) >= LARGE_BYTES
+    own = b"" if is_large else bytes(data)
+    array = Array(dtype=codec.label, shape=(vector.numel(),), stype=STYPE, data=own)
+    if is_large:
+        # As Flower's own `inflate` does: the constructor takes nothing but `bytes`, and to make
+        # them would copy a whole model.
+        array.data = data  # type: ignore[assignment]
+    return array
 
 
 def decode(array: Array, codec: Codec | str, size: int) -> Tensor:

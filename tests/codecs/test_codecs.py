@@ -213,7 +213,7 @@ def test_what_a_codec_leaves_behind_is_what_did_not_arrive(codec: Codec) -> None
 
 
 @pytest.mark.parametrize("codec", EVERY, ids=named)
-@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"\0", lambda d: b""])
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: bytes(d) + b"\0", lambda d: b""])
 def test_other_lengths_are_refused(codec: Codec, change: Callable[[bytes], bytes]) -> None:
     data = change(encode(made_up(1000), codec))
     with pytest.raises(CodecError, match="bytes"):

@@ -189,3 +189,13 @@ def test_a_message_below_100_mb_takes_few_objects_and_the_shared_part_is_the_sam
     chunk = 5 * 2**20
     # The shared array with its chunks, and nothing else, is in both.
     assert len(tasks[0] & tasks[1]) == 1 + -(-7_000_000 * 4 // chunk)
+
+
+def test_a_large_plain_vector_travels_without_a_copy() -> None:
+    large, small = torch.randn(wire.LARGE_BYTES // 4), torch.randn(10)
+    sent = wire.encode(large, "float32")
+    assert torch.frombuffer(sent.data, dtype=torch.float32).data_ptr() == large.data_ptr()
+    assert wire.decode(sent, "float32", large.numel()).data_ptr() == large.data_ptr()
+    assert type(wire.encode(small, "float32").data) is bytes
+    arrived = Array.inflate(sent.deflate(), {name: chunk for name, chunk in sent.slice_array()})
+    assert torch.equal(wire.decode(arrived, "float32", large.numel()), large)

@@ -12,7 +12,7 @@ from fomoe_flwr.federation.warm.frames import Frame, FrameError
 
 def frame_of(content: RecordDict, fields: Mapping[str, Any]) -> Frame:
     """Put records and further fields into a frame; the arrays' bytes are not copied."""
-    blobs: list[bytes] = []
+    blobs: list[bytes | memoryview] = []
     arrays: dict[str, dict[str, Any]] = {}
     for name, record in content.array_records.items():
         arrays[name] = {}

@@ -41,7 +41,7 @@ class Frame:
 
     fields: Mapping[str, Any]
     """JSON-able."""
-    blobs: list[bytes] = field(default_factory=list)
+    blobs: list[bytes | memoryview] = field(default_factory=list)
 
 
 def send(peer: socket.socket, frame: Frame) -> None:
