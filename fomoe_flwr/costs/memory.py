@@ -75,13 +75,14 @@ class ServerDisk:
     checkpoints: int
     """As much for each checkpoint that is kept; right after one is written it takes nothing."""
     means: int
-    """Running means of what workers return, and a task while it is written."""
-    export: int
+    """Running means of what workers return. An export comes when there are none."""
+    message: int
+    """A task while it is written."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state + self.checkpoints + self.means + self.export
+        return self.state + self.checkpoints + self.means + self.message
 
 
 def server_disk(settings: Settings, memory: ServerMemory) -> ServerDisk:
@@ -90,8 +91,8 @@ def server_disk(settings: Settings, memory: ServerMemory) -> ServerDisk:
     return ServerDisk(
         state=state,
         checkpoints=settings.checkpoint.keep * state,
-        means=memory.means + memory.message,
-        export=memory.state,
+        means=memory.means,
+        message=memory.message,
     )
 
 

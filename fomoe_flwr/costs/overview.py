@@ -234,7 +234,7 @@ def _memory(case: Case) -> list[Line]:
         Line(
             "disk/server_bytes",
             disk.total,
-            "state + checkpoints + means + export",
+            "state + checkpoints + means + message",
             asdict(disk),
             "B",
         ),

@@ -125,6 +125,11 @@ class StateStore:
                 if stored not in kept:
                     stored.unlink(missing_ok=True)
 
+    def host_bytes(self) -> int:
+        """Return the bytes of host memory that states take."""
+        kept = [value for each in self._kept.values() for value in each.tensors.values()]
+        return sum(value.nbytes for value in kept if not value.is_cuda)
+
     def settle(self) -> None:
         """Wait until all files are written. Raises OSError if one could not be."""
         writes, self._writes = self._writes, {}

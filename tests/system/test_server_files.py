@@ -13,12 +13,16 @@ from types import SimpleNamespace
 import pytest
 from command_line import Start, assert_same_end
 
+from fomoe_flwr import costs
 from fomoe_flwr.cli.main import main
+from fomoe_flwr.config import load_settings
 from fomoe_flwr.federation import server_state
 from fomoe_flwr.federation.server import Server
 from fomoe_flwr.model import slab
+from fomoe_flwr.run import stored as stored_run
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.heartbeat import Heartbeat
+from fomoe_flwr.worker import device
 
 FILES, MEMORY = "checkpoint.server_state=files", "checkpoint.server_state=memory"
 RESUMED = ["rounds=4", "outer=nesterov", "layout.kind=random", "layout.reshuffle_every=2"]
@@ -254,3 +258,53 @@ def test_where_memory_has_no_room_the_state_lies_in_files(
     run = start("narrow")
     assert (run.path / "server" / "weights").is_dir()
     assert f"of disk in {run.path / 'server'}" in capsys.readouterr().out
+
+
+def test_an_export_by_small_files_is_the_same_model(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = start("whole", MEMORY)
+    monkeypatch.setattr(server_state, "SMALL_SHARD", "100KB")
+    parts = start("parts", FILES)
+    assert len(list(whole.export.glob("*.safetensors"))) == 1
+    assert len(list(parts.export.glob("*.safetensors"))) > 3
+    assert exported(parts) == exported(whole)
+    index = json.loads((parts.export / "model.safetensors.index.json").read_text("utf-8"))
+    assert index["weight_map"].keys() == exported(whole).keys()
+    # Later, from the checkpoint's files; they are read, and stay what they are.
+    before = {name: path.read_bytes() for name, path in slabs_of(parts, 2).items()}
+    again = tmp_path / "again"
+    monkeypatch.setattr(stored_run, "SMALL_SHARD", "100KB")
+    assert main(["export", str(parts.path), "--to", str(again)]) == 0
+    for path in parts.export.glob("*.safetensors"):
+        assert (again / path.name).read_bytes() == path.read_bytes()
+    assert before == {name: path.read_bytes() for name, path in slabs_of(parts, 2).items()}
+
+
+def test_a_run_from_an_export_begins_with_its_weights(start: Start) -> None:
+    first = start("first", FILES)
+    pretrained = f"model.pretrained={first.export}"
+    memory = start("memory", pretrained, "rounds=1", MEMORY)
+    files = start("files", pretrained, "rounds=1", FILES)
+    assert_same_end(memory, files)
+    untrained = files.read_summary()["eval/loss"]["untrained"]
+    assert untrained == first.read_summary()["eval/loss"]["last"]
+
+
+def test_full_replicas_that_cannot_fit_are_refused_with_the_sizes(
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    partial = costs.summary(load_settings([w for w in words if "=" in w]))
+    room = int(partial["memory/full_replica_bytes"]) - 1
+    assert partial["memory/worker_bytes"] <= room
+    monkeypatch.setattr(device, "_memory_bytes", lambda device: room)
+    assert main([*words, f"output_dir={tmp_path / 'part'}", "rounds=1"]) == 0
+    capsys.readouterr()
+    assert main([*words, f"output_dir={tmp_path / 'full'}", "layout.overlap=2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("error: a worker of 0.00B parameters has 0.0 GiB of training state, ")
+    assert "lower layout.overlap=2 (of 2 workers)" in line
+    assert not (tmp_path / "full").exists()
