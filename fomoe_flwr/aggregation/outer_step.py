@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.aggregation.holder_mean import HolderMean
-from fomoe_flwr.codecs.slabs import slabs
+from fomoe_flwr.codecs.slabs import SLAB, slabs
 from fomoe_flwr.config import OuterSettings
 from fomoe_flwr.model.homes import MEMORY, WEIGHTS, Home
 from fomoe_flwr.model.state import Entry, State
@@ -47,6 +47,8 @@ class OuterStep:
                 if settings.name == "nesterov" and settings.momentum > 0:
                     whole = self._open("momentum", self.momentum, state, entry)
                     velocity = entry.of({entry.key: whole})
+                if rows is not None and len(rows) == len(gradient) and not settings.sqrt_holders:
+                    rows = None  # All of them, and all alike: in one go.
                 for row in range(1) if rows is None else rows.tolist():
                     self._update(
                         _flat(entry.of(state), row, rows),
@@ -81,10 +83,10 @@ class OuterStep:
     ) -> None:
         """Step as `torch.optim.SGD(nesterov=True)` does: v = mu v + g; theta -= lr (g + mu v).
 
-        On flat views, in slabs that stay in cache.
+        On flat views, in slabs that stay in the caches of all cores.
         """
         mu = self.settings.momentum
-        for part in slabs(value.numel()):
+        for part in slabs(value.numel(), SLAB * torch.get_num_threads()):
             step = gradient[part] if scale == 1 else gradient[part] * scale
             if velocity is not None:
                 velocity[part].mul_(mu).add_(step)

@@ -57,6 +57,9 @@ def add_run(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from fomoe_flwr.worker.heap import prefer_large_pages
+
+    prefer_large_pages()
     from fomoe_flwr.config import expand_files, load_settings
     from fomoe_flwr.run.directory import absolute
 

@@ -12,7 +12,7 @@ from fomoe_flwr.codecs.sizes import CHUNK
 SLAB = 32 * CHUNK
 """Numbers in a slab: 512 KiB in fp32, a whole number of every codec's blocks."""
 
-_READ_SLAB = 8 * SLAB
+_READ_SLAB = 32 * SLAB
 """Numbers read at once where nothing is made on the way."""
 
 

@@ -21,6 +21,9 @@ client_app = ClientApp()
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run config -> settings -> checks -> server."""
+    from fomoe_flwr.worker.heap import prefer_large_pages
+
+    prefer_large_pages()
     from fomoe_flwr import events
     from fomoe_flwr.federation.run_config import settings_of
     from fomoe_flwr.federation.server import serve

@@ -139,13 +139,16 @@ class RoutingLog:
         """
         outer = self.settings.outer
         part = self.spec.fragment(fragment_of_round(outer, record.server_round), outer.fragments)
+        assert record.disagreement is not None
+        assert record.copies is not None
         squares = torch.zeros(self.spec.num_layers, self.spec.num_experts, dtype=torch.float64)
+        several = {layer for layer, copies in enumerate(record.copies) if bool((copies > 1).any())}
         for entry in part.expert:
+            if layer_of(entry.key) not in several:  # Nothing lies apart there.
+                continue
             # A selection bias has one number an expert, and no second axis.
             rows = state[entry.key].reshape(self.spec.num_experts, -1)
             squares[layer_of(entry.key)] += rows.square().sum(1).double()
-        assert record.disagreement is not None
-        assert record.copies is not None
         drift = measure.expert_drift(record.disagreement, squares.sqrt(), record.copies)
         sent = {layer_of(entry.key) for entry in part.expert}
         return [value if i in sent else math.nan for i, value in enumerate(drift.tolist())]

@@ -179,15 +179,17 @@ class Server:
             if not self.seconds and phase == "gather":
                 self._keep_seconds("start")
         phases.end("other")
-        means, tables = self.routing.close(record, self.assembled.choices, self.state.weights)
-        row |= means
-        phases.end("routing")
-        if server_round % settings.eval.every == 0 or is_last:
-            self.heartbeat.note("evaluate", server_round)
-            row |= evaluation_row(self._evaluate())
+        with self.assembled.kept():
             phases.end("eval")
-            self._sample(server_round)
-            phases.end("sample")
+            means, tables = self.routing.close(record, self.assembled.choices, self.state.weights)
+            row |= means
+            phases.end("routing")
+            if server_round % settings.eval.every == 0 or is_last:
+                self.heartbeat.note("evaluate", server_round)
+                row |= evaluation_row(self._evaluate())
+                phases.end("eval")
+                self._sample(server_round)
+                phases.end("sample")
         self.rounds_done = server_round
         for key in ("comm/bytes_up", "comm/bytes_down"):
             self.totals[key] += row[key]

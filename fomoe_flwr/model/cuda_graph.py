@@ -7,7 +7,9 @@ own memory: the first pass of a step writes them, further ones add to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +76,24 @@ class GraphedPass:
         graph = torch.cuda.CUDAGraph()
         pool = beside.pool() if beside else None
         # Other threads may write a state down meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+        with _no_collection(), capture:
             results = self._run_pass(self._windows)
         return graph, results
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect garbage now and none meanwhile: an old graph that goes would end the capture."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fomoe_flwr.errors import InputError
 from fomoe_flwr.files import is_marked, mark_folder
+from fomoe_flwr.model.device_copy import host_empty
 from fomoe_flwr.model.slab import Slab, give_name, scratch
 from fomoe_flwr.model.state import empty_vector
 
@@ -30,7 +31,7 @@ class Home:
 
     def scratch(self, *shape: int) -> Tensor:
         """Return fp32 zeros that nobody keeps."""
-        return torch.zeros(shape)
+        return host_empty(shape).zero_()
 
     def vector(self, size: int) -> Tensor:
         """Return so many fp32 numbers of any value, to be filled."""

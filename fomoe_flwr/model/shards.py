@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fomoe_flwr.model.device_copy import copy
+from fomoe_flwr.model.device_copy import copy, host_empty
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -47,7 +47,12 @@ def fill(target: Tensor, value: Tensor) -> None:
 def parted_like(tensor: Tensor, value: Tensor) -> Tensor:
     """Copy a whole value to a tensor's device, cut as the tensor is."""
     if not isinstance(tensor, DTensor):
-        fresh = torch.empty(value.shape, dtype=value.dtype, device=tensor.device)
+        is_host = tensor.device.type == "cpu"
+        fresh = (
+            host_empty(value.shape, value.dtype)
+            if is_host
+            else torch.empty(value.shape, dtype=value.dtype, device=tensor.device)
+        )
         copy(fresh, value)
         return fresh
     parted = torch.zeros_like(tensor)

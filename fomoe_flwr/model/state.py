@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fomoe_flwr.config import ModelSettings
-from fomoe_flwr.model.device_copy import copy
+from fomoe_flwr.model.device_copy import copy, host_empty
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.shards import fill
 from fomoe_flwr.parameters.fragments import fragment_rows
@@ -214,8 +213,7 @@ def load_state(model: nn.Module, state: State) -> None:
 
 def empty_vector(size: int) -> Tensor:
     """Return `size` fp32 numbers of any value in host memory."""
-    # NumPy asks the system for large pages: a new vector is filled several times as fast.
-    return torch.from_numpy(np.empty(size, dtype=np.float32))
+    return host_empty((size,))
 
 
 def _packed(parts: Sequence[tuple[Tensor, Sequence[int] | None]], empty: Empty | None) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -44,6 +45,19 @@ class AssembledModel:
             batch = settings.eval.batch_size
             self._stream = LayerStream(skeleton, state, self.device, batch)
         self._has_told = False
+        self._whole: PreTrainedModel | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the weights on the device meanwhile, if all of them fit: they travel once."""
+        if self._stream is None or not _has_room(self.device, 2 * self._size()):
+            yield
+            return
+        with self._stream.whole() as self._whole:
+            try:
+                yield
+            finally:
+                self._whole = None
 
     def evaluate(
         self, blocks: TokenBlocks, indices: np.ndarray, byte_lengths: np.ndarray
@@ -69,8 +83,9 @@ class AssembledModel:
         """Continue `eval.sample_prompt`; on the GPU where the whole model fits there."""
         settings = self.settings.eval
         words = (settings.sample_prompt, settings.sample_tokens, self.settings.seed)
-        size = sum(value.nbytes for value in self.state.values())
-        if self._stream is None or not _has_room(self.device, size):
+        if self._whole is not None:
+            return sample_text(self._whole, tokenizer, *words)
+        if self._stream is None or not _has_room(self.device, self._size()):
             return sample_text(self.model, tokenizer, *words)
         with self._stream.whole() as model:
             return sample_text(model, tokenizer, *words)
@@ -79,6 +94,8 @@ class AssembledModel:
         self, work: Callable[[PreTrainedModel, int], _T], num_windows: int, num_tokens: int
     ) -> _T:
         """Return `work(model, windows of a call)` on the device, or here if there is no room."""
+        if self._whole is not None:
+            return work(self._whole, self.settings.eval.batch_size)
         if self._stream is not None:
             needed = self._stream.resident_bytes(num_windows, num_tokens)
             if _has_room(self.device, needed):
@@ -86,6 +103,9 @@ class AssembledModel:
                     return work(model, self._stream.rows(num_tokens))
             self._tell(needed)
         return work(self.model, self.settings.eval.batch_size)
+
+    def _size(self) -> int:
+        return sum(value.nbytes for value in self.state.values())
 
     def _tell(self, needed: int) -> None:
         if not self._has_told:

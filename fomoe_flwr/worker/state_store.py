@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fomoe_flwr.model.device_copy import copy
+from fomoe_flwr.model.device_copy import copy, host_empty
 from fomoe_flwr.model.tensor_files import save_tensors
 from fomoe_flwr.worker.state_files import FEEDBACK, INNER, state_file
 
@@ -161,7 +161,7 @@ def _placed(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
 def _on_host(value: Tensor) -> Tensor:
     if not value.is_cuda:
         return value
-    host = torch.empty(value.shape, dtype=value.dtype)
+    host = host_empty(value.shape, value.dtype)
     copy(host, value.contiguous())
     return host
 

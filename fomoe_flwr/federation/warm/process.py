@@ -25,6 +25,7 @@ from fomoe_flwr.federation.warm.contents import content_of, frame_of
 from fomoe_flwr.federation.warm.folder import Folder
 from fomoe_flwr.federation.warm.frames import Frame, FrameError, receive, send, send_short
 from fomoe_flwr.federation.warm.handshake import BEAT, END, StrangerError, code, greet_as_worker
+from fomoe_flwr.worker.heap import prefer_large_pages
 
 Answer = Callable[[RecordDict, Context], RecordDict]
 
@@ -48,6 +49,7 @@ def run_warm_worker(
     else gives it tasks; 0 names none. Raises InputError if the folder is not ours or another worker
     has it.
     """
+    prefer_large_pages()
     folder.create()
     version = code()["version"]  # read now: the modules that are running, not later ones
     if threading.current_thread() is threading.main_thread():
