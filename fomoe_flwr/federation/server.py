@@ -28,6 +28,7 @@ from fomoe_flwr.data.tokens import heldout_windows
 from fomoe_flwr.errors import InputError, RunError, reason_of, refusal
 from fomoe_flwr.events import tell
 from fomoe_flwr.federation.lookout import Lookout
+from fomoe_flwr.federation.mapped_arrays import arrays_in
 from fomoe_flwr.federation.round_record import RoundRecord, evaluation_row
 from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
@@ -138,7 +139,8 @@ class Server:
             self.phases.end("routing")
             self.heartbeat.awaited = self.lookout
             self.heartbeat.note("train", self.rounds_done + 1)
-            self.strategy.start(grid)
+            with arrays_in(self.state.home):
+                self.strategy.start(grid)
             self.heartbeat.awaited = list
             self.heartbeat.note("export", self.rounds_done)
             self._finish()
