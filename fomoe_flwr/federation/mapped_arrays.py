@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import (
@@ -30,13 +30,33 @@ _LARGE_BYTES = 2**20
 def arrays_in(home: Home) -> Iterator[None]:
     """Let large arrays that Flower receives in this process lie in a home that is no memory."""
     registry: dict[str, Any] = inflatable_utils.inflatable_class_registry
-    before = registry["Array"]
+    before = {name: registry[name] for name in ("Array", "ArrayRecord")}
     if home is not MEMORY:
-        registry["Array"] = _class_of(home)
+        registry |= {"Array": _class_of(home), "ArrayRecord": _Record}
     try:
         yield
     finally:
-        registry["Array"] = before
+        registry |= before
+
+
+class _Record(ArrayRecord):
+    """Takes arrays as they are; Flower makes new ones, which must be of bytes."""
+
+    @classmethod
+    def inflate(
+        cls, object_content: bytes, children: Mapping[str, Any] | None = None
+    ) -> ArrayRecord:
+        given = dict(children or {})
+        empty: dict[str, Any] = {
+            name: Array(each.dtype, tuple(each.shape), each.stype, b"")
+            if isinstance(each, Array)
+            else each
+            for name, each in given.items()
+        }
+        record = ArrayRecord.inflate(object_content, empty)
+        for key, name in json.loads(get_object_body(object_content, ArrayRecord)).items():
+            record[key] = given[name]
+        return record
 
 
 def _class_of(home: Home) -> type[Array]:

@@ -42,7 +42,9 @@ from fomoe_flwr.federation.seats import POLL_SECONDS, RunIdentity, Seats, push
 from fomoe_flwr.federation.tasks import TaskWriter
 from fomoe_flwr.federation.waiting import OutTask, Waiting
 from fomoe_flwr.federation.wire import WireError
+from fomoe_flwr.model.homes import MEMORY
 from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.worker.heap import release_heap
 
 
 class FederationError(RunError):
@@ -314,6 +316,9 @@ class FoMoEStrategy(Strategy):
                 self._fold(message, worker, means)
             except WireError as error:
                 record.failures[worker] = one_line(error)
+            del message
+            if self.outer.home is not MEMORY:
+                release_heap()  # Flower's threads leave the chunks of a reply in heaps of theirs.
         for worker in range(self.settings.layout.num_workers):
             if worker not in record.replies:
                 record.failures.setdefault(worker, "no reply before the round's deadline")

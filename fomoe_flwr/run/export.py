@@ -16,7 +16,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_skeleton
 from fomoe_flwr.model.state import hold
 
-SMALL_SHARD = "500MB"
+SMALL_SHARD = "200MB"
 """Size of an export's files where the model may not fit into memory."""
 
 

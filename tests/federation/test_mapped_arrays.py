@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
@@ -18,11 +18,15 @@ from fomoe_flwr.model.homes import MEMORY, Home, SlabHome
 
 def received(array: Array, home: Home) -> Array:
     """Take an array apart as Flower sends it, and put it together again."""
-    contents = {name: item.deflate() for name, item in get_all_nested_objects(array).items()}
+    sent = RecordDict({"x": wire.arrays_of(wire.encode(torch.ones(3), "float32"), array)})
+    contents = {name: item.deflate() for name, item in get_all_nested_objects(sent).items()}
     with arrays_in(home):
-        found = inflate_object_from_contents(array.object_id, contents)
-    assert isinstance(found, Array)
-    return found
+        found = inflate_object_from_contents(sent.object_id, contents)
+    assert isinstance(found, RecordDict)
+    record = found["x"]
+    assert isinstance(record, ArrayRecord)
+    assert bytes(record["shared"].data) == bytes(sent["x"]["shared"].data)
+    return record["experts"]
 
 
 @pytest.mark.parametrize("codec", ["float32", "bfloat16", "int4", "topk_int2"])
