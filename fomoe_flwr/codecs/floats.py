@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,15 +14,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Data = bytes | memoryview
 """Encoded bytes, which nobody may change: perhaps a view of a tensor's own memory."""
 
+Empty = Callable[[int], Tensor]
+"""Makes a flat fp32 vector of so many numbers, to be filled."""
+
 
 def encode_floats(vector: Tensor, name: str) -> Data:
     """Write little-endian numbers without a header; fp32 itself is a view of `vector`."""
     return to_bytes(vector.to(DTYPES[name]))
 
 
-def decode_floats(data: Data, name: str) -> Tensor:
+def decode_floats(data: Data, name: str, empty: Empty = torch.empty) -> Tensor:
     """Read numbers back as fp32; fp32 itself is a view of `data` and must not be written to."""
-    return from_bytes(data, DTYPES[name]).float()
+    numbers = from_bytes(data, DTYPES[name])
+    return numbers if name == "float32" else empty(len(numbers)).copy_(numbers)
 
 
 def to_bytes(values: Tensor) -> Data:

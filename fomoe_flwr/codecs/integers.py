@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fomoe_flwr.codecs.errors import CodecError
-from fomoe_flwr.codecs.floats import Data, from_bytes, to_bytes
+from fomoe_flwr.codecs.floats import Data, Empty, from_bytes, to_bytes
 from fomoe_flwr.codecs.sizes import BLOCK, SCALE_BYTES
 from fomoe_flwr.codecs.slabs import slabs
 
@@ -48,14 +48,14 @@ def encode_integers(vector: Tensor, name: str, generator: torch.Generator | None
     return to_bytes(out)
 
 
-def decode_integers(data: Data, name: str, size: int) -> Tensor:
+def decode_integers(data: Data, name: str, size: int, empty: Empty = torch.empty) -> Tensor:
     """Read numbers back. Raises CodecError for a scale that no encoder writes."""
     num_blocks = -(-size // BLOCK)
     scales = from_bytes(data[: SCALE_BYTES * num_blocks], torch.float32)
     if not bool(((scales >= 0) & (scales <= _LARGEST_SCALE[name])).all()):
         raise CodecError("a block's scale is negative, NaN or infinite")
     codes = from_bytes(memoryview(data)[SCALE_BYTES * num_blocks :], torch.uint8)
-    vector = torch.empty(size)
+    vector = empty(size)
     for part in slabs(size):
         if name == "int8":
             levels = codes[part].view(torch.int8)

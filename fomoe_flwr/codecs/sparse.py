@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fomoe_flwr.codecs.errors import CodecError
-from fomoe_flwr.codecs.floats import Data, from_bytes, to_bytes
+from fomoe_flwr.codecs.floats import Data, Empty, from_bytes, to_bytes
 from fomoe_flwr.codecs.sizes import CHUNK, Codec
 from fomoe_flwr.codecs.slabs import slabs
 
@@ -40,7 +40,7 @@ def encode_sparse(vector: Tensor, codec: Codec) -> Data:
     return b"".join((to_bytes(_pack_places(torch.cat(places))), level_bytes, to_bytes(codes)))
 
 
-def decode_sparse(data: Data, codec: Codec, size: int) -> Tensor:
+def decode_sparse(data: Data, codec: Codec, size: int, empty: Empty = torch.empty) -> Tensor:
     """Read numbers back, zeros elsewhere.
 
     Raises CodecError for places out of range, repeated or not ascending, and for levels that are
@@ -57,7 +57,7 @@ def decode_sparse(data: Data, codec: Codec, size: int) -> Tensor:
     else:
         levels = torch.empty(0)
         codes = from_bytes(data[end:], torch.bfloat16)
-    vector = torch.zeros(size)
+    vector = empty(size).zero_()
     first_code = first_chunk = 0
     for part in slabs(size):
         for chunks, keep in _by_chunk(vector[part], codec.keep):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fomoe_flwr.codecs.compression import compress, decompress
 from fomoe_flwr.codecs.errors import CodecError
-from fomoe_flwr.codecs.floats import Data, decode_floats, encode_floats
+from fomoe_flwr.codecs.floats import Data, Empty, decode_floats, encode_floats
 from fomoe_flwr.codecs.integers import decode_integers, encode_integers
 from fomoe_flwr.codecs.sizes import FLOATS, INTEGERS, Codec
 from fomoe_flwr.codecs.slabs import is_finite
@@ -33,9 +33,10 @@ def encode(vector: Tensor, codec: Codec, seed: int = 0) -> Data:
     return compress(data, codec.zstd_level) if codec.zstd_level else data
 
 
-def decode(data: Data, codec: Codec, size: int) -> Tensor:
+def decode(data: Data, codec: Codec, size: int, empty: Empty = torch.empty) -> Tensor:
     """Turn bytes back into a flat fp32 vector of `size` elements, not to be written to.
 
+    Plain fp32 is a view of `data`; what any other codec needs, `empty` makes.
     Raises CodecError for bytes of another length and for numbers that are not finite.
     """
     expected = codec.num_bytes(size)
@@ -44,12 +45,12 @@ def decode(data: Data, codec: Codec, size: int) -> Tensor:
     if len(data) != expected:
         raise CodecError(f"array has {len(data)} bytes, its shape needs {expected}")
     if codec.name in FLOATS:
-        vector = decode_floats(data, codec.name)
+        vector = decode_floats(data, codec.name, empty)
     elif codec.name in INTEGERS:
         # Finite scales times small integers.
-        return decode_integers(data, codec.name, size)
+        return decode_integers(data, codec.name, size, empty)
     else:
-        vector = decode_sparse(data, codec, size)
+        vector = decode_sparse(data, codec, size, empty)
     if not is_finite(vector):
         raise CodecError("array holds NaN or infinite numbers")
     return vector

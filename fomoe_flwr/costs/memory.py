@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fomoe_flwr.config import Settings, SettingsError
 from fomoe_flwr.costs.counts import parameter_counts
-from fomoe_flwr.costs.traffic import RoundBytes, num_buffers
+from fomoe_flwr.costs.traffic import RoundBytes, num_buffers, state_factor
 from fomoe_flwr.layout import LayoutContext
 from fomoe_flwr.parameters.fragments import MOMENTS
 
@@ -76,23 +76,26 @@ class ServerDisk:
     """As much for each checkpoint that is kept; right after one is written it takes nothing."""
     means: int
     """Running means of what workers return. An export comes when there are none."""
-    message: int
-    """A task while it is written."""
+    messages: int
+    """A worker's part in fp32 while it is packed, and a reply as it came and decoded."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state + self.checkpoints + self.means + self.message
+        return self.state + self.checkpoints + self.means + self.messages
 
 
-def server_disk(settings: Settings, memory: ServerMemory) -> ServerDisk:
-    """Return what the server of a star has on the disk with `checkpoint.server_state=files`."""
+def server_disk(settings: Settings, memory: ServerMemory, num_resident: int) -> ServerDisk:
+    """Return what the server of a star has on the disk with `checkpoint.server_state=files`.
+
+    `num_resident` are the parameters of the largest worker.
+    """
     state = memory.state + memory.outer_state
     return ServerDisk(
         state=state,
         checkpoints=settings.checkpoint.keep * state,
         means=memory.means,
-        message=memory.message,
+        messages=math.ceil(2 * 4 * state_factor(settings.outer) * num_resident),
     )
 
 

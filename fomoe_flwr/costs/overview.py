@@ -200,7 +200,7 @@ def _memory(case: Case) -> list[Line]:
     state, resident = state_bytes(case.settings), max(case.resident)
     star = predict_bytes(case.settings, case.layout) if case.is_ring else case.sent
     server = server_memory(case.settings, star)
-    disk = server_disk(case.settings, server)
+    disk = server_disk(case.settings, server, max(case.resident))
     return [
         Line(
             "memory/worker_bytes",
@@ -234,7 +234,7 @@ def _memory(case: Case) -> list[Line]:
         Line(
             "disk/server_bytes",
             disk.total,
-            "state + checkpoints + means + message",
+            "state + checkpoints + means + messages",
             asdict(disk),
             "B",
         ),

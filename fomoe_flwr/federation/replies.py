@@ -14,6 +14,7 @@ from fomoe_flwr.federation import wire
 from fomoe_flwr.federation.routing_fields import choices_in, counts_in
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.layout import Layout
+from fomoe_flwr.model.homes import MEMORY, Home
 from fomoe_flwr.model.state import StateSpec
 
 REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction", "grad_norm", "lr")
@@ -21,10 +22,16 @@ REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction",
 
 
 class ReplyReader:
-    """Reads the replies of a run and checks them against its settings and its layouts."""
+    """Reads the replies of a run and checks them against its settings and its layouts.
 
-    def __init__(self, settings: Settings, spec: StateSpec, probe: Tensor | None) -> None:
+    Decoded vectors lie in `home`.
+    """
+
+    def __init__(
+        self, settings: Settings, spec: StateSpec, probe: Tensor | None, home: Home = MEMORY
+    ) -> None:
         self.settings = settings
+        self.home = home
         self.spec = spec
         self.probe = probe
 
@@ -74,6 +81,7 @@ class ReplyReader:
                 name,
                 self.settings.wire.codecs_up,
                 (mean.spec.shared_size, mean.spec.experts_size(residents)),
+                self.home.vector,
             )
             for name, mean in means.by_name.items()
         }

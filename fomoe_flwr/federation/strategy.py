@@ -93,7 +93,7 @@ class FoMoEStrategy(Strategy):
         self.first_round = first_round
         self.keep_rounds = keep_rounds
         self._tasks = TaskWriter(settings, spec, state, outer, identity, probe)
-        self._reader = ReplyReader(settings, spec, probe)
+        self._reader = ReplyReader(settings, spec, probe, outer.home)
         self._ledger = open_ledger(settings)
         self._limits = NormLimits(settings.outer.clip_to_median)
         self._waiting = Waiting(settings.federation)

@@ -14,11 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fomoe_flwr.codecs import vectors as codecs
 from fomoe_flwr.codecs.errors import CodecError
+from fomoe_flwr.codecs.floats import Empty
 from fomoe_flwr.codecs.sizes import Codec, CodecPair
 from fomoe_flwr.errors import one_line
 from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
@@ -72,7 +74,7 @@ def encode(vector: Tensor, codec: Codec | str, seed: int = 0) -> Array:
     return array
 
 
-def decode(array: Array, codec: Codec | str, size: int) -> Tensor:
+def decode(array: Array, codec: Codec | str, size: int, empty: Empty = torch.empty) -> Tensor:
     """Turn an array back into a flat fp32 vector of `size` elements, not to be written to.
 
     Raises WireError for another type, shape or length than agreed, and for non-finite numbers.
@@ -85,7 +87,7 @@ def decode(array: Array, codec: Codec | str, size: int) -> Tensor:
     if tuple(array.shape) != (size,):
         raise WireError(f"array has shape {list(array.shape)}, the layout needs [{size}]")
     try:
-        return codecs.decode(array.data, codec, size)
+        return codecs.decode(array.data, codec, size, empty)
     except CodecError as error:
         raise WireError(str(error)) from error
 
@@ -109,11 +111,15 @@ def arrays_of(shared: Array, experts: Array) -> ArrayRecord:
 
 
 def vectors_in(
-    content: RecordDict, name: str, pair: CodecPair | str, sizes: tuple[int, int]
+    content: RecordDict,
+    name: str,
+    pair: CodecPair | str,
+    sizes: tuple[int, int],
+    empty: Empty = torch.empty,
 ) -> tuple[Tensor, Tensor]:
     """Read the shared and the expert vector of a message, not to be written to. Raises WireError.
 
-    A name stands for one codec with its defaults for both.
+    A name stands for one codec with its defaults for both. `empty` makes decoded vectors.
     """
     pair = CodecPair.plain(pair) if isinstance(pair, str) else pair
     record = _record(content, name, ArrayRecord)
@@ -121,8 +127,8 @@ def vectors_in(
         found = sorted(record) if record is not None else sorted(content)
         raise WireError(f"needs the arrays {', '.join(VECTORS)} in {name!r} (got {found})")
     return (
-        decode(record["shared"], pair.shared, sizes[0]),
-        decode(record["experts"], pair.experts, sizes[1]),
+        decode(record["shared"], pair.shared, sizes[0], empty),
+        decode(record["experts"], pair.experts, sizes[1], empty),
     )
 
 

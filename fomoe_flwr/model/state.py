@@ -11,7 +11,7 @@ ascending expert id.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from fomoe_flwr.codecs.floats import Empty
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.model.device_copy import copy, host_empty
 from fomoe_flwr.model.residency import Residents, build_model
@@ -28,9 +29,6 @@ from fomoe_flwr.parameters.fragments import fragment_rows
 from fomoe_flwr.parameters.keys import is_expert_key, layer_of
 
 State = Mapping[str, Tensor]
-
-Empty = Callable[[int], Tensor]
-"""Makes a flat fp32 vector of so many numbers, to be filled."""
 
 
 @dataclass(frozen=True)

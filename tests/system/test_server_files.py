@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 from command_line import Start, assert_same_end
+from safetensors.torch import load_file
 
 from fomoe_flwr import costs
 from fomoe_flwr.cli.main import main
-from fomoe_flwr.config import load_settings
+from fomoe_flwr.config import Settings, load_settings, read_settings
 from fomoe_flwr.federation import server_state
 from fomoe_flwr.federation.server import Server
+from fomoe_flwr.layout import Layout, draw_layout
 from fomoe_flwr.model import slab
 from fomoe_flwr.run import stored as stored_run
 from fomoe_flwr.run.directory import RunDirectory
@@ -43,9 +45,12 @@ def stop_in_round(patch: pytest.MonkeyPatch, server_round: int) -> None:
     patch.setattr(Server, "_close_round", instead)
 
 
-def exported(run: RunDirectory) -> dict[str, object]:
-    from safetensors.torch import load_file
+def draw(settings: Settings) -> Layout:
+    shape = settings.model.num_layers, settings.model.num_experts
+    return draw_layout(settings.layout, *shape, settings.seed, 1, costs.layout_context(settings))
 
+
+def exported(run: RunDirectory) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(run.export.glob("*.safetensors")):
         found |= {key: value.tolist() for key, value in load_file(path).items()}
@@ -108,6 +113,16 @@ def test_a_checkpoint_names_files_and_never_changes(start: Start) -> None:
     other = start("longer", "outer=nesterov", "rounds=3", "local.schedule=constant", FILES)
     kept = {name: path.read_bytes() for name, path in slabs_of(other, 2).items()}
     assert kept == {name: path.read_bytes() for name, path in slabs_of(shorter, 2).items()}
+
+
+@pytest.mark.parametrize("outer", ["average", "nesterov", "local_adamw"])
+def test_the_files_have_the_bytes_that_costs_foretells(outer: str, start: Start) -> None:
+    run = start("files", f"outer={outer}", "model=deepseek-v3-tiny", FILES)
+    settings = read_settings(run.config)
+    foretold = costs.server_memory(settings, costs.predict_bytes(settings, draw(settings)))
+    held = list((run.path / "server").rglob("*.safetensors"))
+    numbers = sum(value.nbytes for path in held for value in load_file(path).values())
+    assert numbers == foretold.state + foretold.outer_state
 
 
 def cut(path: Path) -> None:
