@@ -19,6 +19,7 @@ from fomoe_flwr import costs
 from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings
 from fomoe_flwr.errors import InputError
+from fomoe_flwr.model.device_copy import pin_host_memory
 from fomoe_flwr.model.homes import MEMORY, WEIGHTS, Home, SlabHome
 from fomoe_flwr.model.pretrained import fill_pretrained
 from fomoe_flwr.model.residency import build_model, build_skeleton
@@ -28,6 +29,7 @@ from fomoe_flwr.run.checkpoint import Checkpoint, CheckpointError, save_checkpoi
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.export import SMALL_SHARD
 from fomoe_flwr.run.memory import available_bytes
+from fomoe_flwr.worker.device import pick_device
 
 _SHARE = 0.5
 """Share of the free memory that `auto` gives to the state; workers and evaluation need some too."""
@@ -56,6 +58,8 @@ class ServerState:
     ) -> None:
         self.settings, self.run = settings, run
         self.choice, self.home = _choose(settings, run)
+        if self.home is MEMORY and pick_device(settings.eval.device).type == "cuda":
+            pin_host_memory()
         self.outer = OuterStep(settings.outer, self.home)
         if checkpoint is None:
             kept: dict[str, Tensor] = {}

@@ -1,6 +1,7 @@
-"""Copies between pageable host memory and a GPU, through two small pinned buffers.
+"""Host memory that travels well, and copies between it and a GPU.
 
-A copy from or to pageable memory runs at a fraction of the link's speed, and pinning a whole model
+What is pinned travels directly, everything else through two small pinned buffers. A plain copy from
+or to pageable memory runs at a fraction of the link's speed, and pinning a whole model
 takes longer than copying it. Here one buffer is filled by all cores while the other one travels.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from math import prod
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,17 +20,31 @@ BUFFER_BYTES = 2**26
 """Of each of a thread's two pinned buffers."""
 _WORTH_BYTES = 2**20
 """Below this a plain copy costs no more."""
+_MOST_OF_FREE = 0.25
+"""Share of the free memory that one pinned tensor may take."""
+_is_pinning = False
+
+
+def pin_host_memory() -> None:
+    """Pin what `host_empty` returns from now on, while there is plenty of memory.
+
+    For a process that computes on a GPU. Pinned memory travels several times as fast, and torch
+    keeps what is freed for the next tensor of its size.
+    """
+    global _is_pinning
+    _is_pinning = torch.cuda.is_available()
 
 
 def host_empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor of any value in host memory.
-
-    NumPy asks the system for large pages: a new tensor is filled several times as fast.
-    """
-    size = prod(shape)
-    if not size:
+    """Return a tensor of any value in host memory."""
+    num_bytes = prod(shape) * dtype.itemsize
+    if _is_pinning and num_bytes >= _WORTH_BYTES:
+        if num_bytes <= _MOST_OF_FREE * psutil.virtual_memory().available:
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    if not num_bytes:
         return torch.empty(tuple(shape), dtype=dtype)
-    memory = torch.from_numpy(np.empty(size * dtype.itemsize, dtype=np.uint8))
+    # NumPy asks the system for large pages: a new tensor is filled several times as fast.
+    memory = torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
     return memory.view(dtype).view(tuple(shape))
 
 
@@ -37,22 +53,38 @@ def copy(target: Tensor, source: Tensor) -> None:
 
     The call returns when host memory has been read or written. Work on the device may go on.
     """
-    is_up = target.is_cuda and not source.is_cuda and not source.is_pinned()
-    is_down = source.is_cuda and not target.is_cuda
-    device = target.device if is_up else source.device
-    if (
-        not (is_up or is_down)
-        or source.nbytes < _WORTH_BYTES
-        or not (target.is_contiguous() and source.is_contiguous())
-    ):
+    target, source = target.detach(), source.detach()
+    is_contiguous = target.is_contiguous() and source.is_contiguous()
+    if target.is_cuda == source.is_cuda or source.nbytes < _WORTH_BYTES or not is_contiguous:
         target.copy_(source)
-        return
-    target, source = target.detach().view(-1), source.detach().view(-1)
-    buffers = _buffers(device)
-    if is_up:
-        _upload(target, source, buffers)
+    elif target.is_cuda:
+        _travel_up(target.view(-1), source.view(-1))
     else:
-        _download(target, source, buffers)
+        _travel_down(target.view(-1), source.view(-1))
+
+
+def _travel_up(target: Tensor, source: Tensor) -> None:
+    if not source.is_pinned():
+        _upload(target, source, _buffers(target.device))
+        return
+    step = BUFFER_BYTES // source.element_size()
+    for start in range(0, len(source), step):
+        here, piece = target[start : start + step], source[start : start + step]
+        # The device casts faster than the host.
+        is_same = here.dtype == piece.dtype
+        here.copy_(piece if is_same else piece.to(here.device, non_blocking=True), is_same)
+    torch.cuda.current_stream(target.device).synchronize()
+
+
+def _travel_down(target: Tensor, source: Tensor) -> None:
+    if not target.is_pinned():
+        _download(target, source, _buffers(source.device))
+        return
+    step = BUFFER_BYTES // target.element_size()
+    for start in range(0, len(source), step):
+        here, piece = target[start : start + step], source[start : start + step]
+        here.copy_(piece.to(here.dtype), non_blocking=True)
+    torch.cuda.current_stream(source.device).synchronize()
 
 
 class _Buffer:

@@ -24,7 +24,7 @@ class Home:
     def make(self, name: str, like: Tensor) -> Tensor:
         """Return zeros of the shape and type of `like`, to be kept under a name."""
         del name
-        return torch.zeros_like(like, device="cpu")
+        return host_empty(like.shape, like.dtype).zero_()
 
     def before_write(self, name: str) -> None:
         """Get ready to write to what is kept under a name; to be called before."""

@@ -19,6 +19,7 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.config.execution import is_heap_held
 from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.errors import RunError
+from fomoe_flwr.model.device_copy import pin_host_memory
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import State, StateSpec, overlay
 from fomoe_flwr.parallel.team import ALONE, Team
@@ -122,6 +123,8 @@ def run_round(
     """
     settings, local = task.settings, task.settings.local
     device = pick_device(local.device)
+    if device.type == "cuda" and STATES.is_in_memory:
+        pin_host_memory()
     received, current = starting_weights(task)
     heap = held_heap(is_heap_held(settings.execution, device.type))
     lent = CACHE.model(settings, task.residents, device, team)

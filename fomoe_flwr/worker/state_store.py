@@ -61,7 +61,8 @@ class StateStore:
     """Saves and opens states under the paths that their files have."""
 
     def __init__(self) -> None:
-        self._is_in_memory = False
+        self.is_in_memory = False
+        """Whether this process outlives its tasks and keeps what they leave."""
         self._kept: dict[Path, _Kept] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._writes: dict[Path, Future[None]] = {}
@@ -69,11 +70,11 @@ class StateStore:
     @contextmanager
     def in_memory(self) -> Iterator[None]:
         """Keep states in memory; at the end forget them."""
-        before, self._is_in_memory = self._is_in_memory, True
+        before, self.is_in_memory = self.is_in_memory, True
         try:
             yield
         finally:
-            self._is_in_memory = before
+            self.is_in_memory = before
             if not before:
                 self._kept.clear()
                 self.settle()
@@ -85,7 +86,7 @@ class StateStore:
 
         The tensors must not change afterwards. Without room in memory the file is written at once.
         """
-        if not (self._is_in_memory and (placed := _placed(tensors))):
+        if not (self.is_in_memory and (placed := _placed(tensors))):
             self._kept.pop(path, None)
             _write(path, tensors, meta)
             return
