@@ -38,9 +38,9 @@ def pin_host_memory() -> None:
 def host_empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a tensor of any value in host memory."""
     num_bytes = prod(shape) * dtype.itemsize
-    if _is_pinning and num_bytes >= _WORTH_BYTES:
-        if num_bytes <= _MOST_OF_FREE * psutil.virtual_memory().available:
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    is_worth = _is_pinning and num_bytes >= _WORTH_BYTES
+    if is_worth and num_bytes <= _MOST_OF_FREE * psutil.virtual_memory().available:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
     if not num_bytes:
         return torch.empty(tuple(shape), dtype=dtype)
     # NumPy asks the system for large pages: a new tensor is filled several times as fast.
