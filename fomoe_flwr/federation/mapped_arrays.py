@@ -1,7 +1,7 @@
 """Arrays that arrive in mapped files, for a server that does not hold the model.
 
-Flower puts an array together from its chunks in a bytearray, and then copies that: with the chunks
-themselves, three replies in memory. Here chunks are copied to a file without a name, and go.
+Flower copies every chunk, puts an array together from the copies in a bytearray, and copies that.
+Here chunks are put into a file without a name as they came: one reply is in memory, not three.
 """
 
 from __future__ import annotations
@@ -30,13 +30,22 @@ _LARGE_BYTES = 2**20
 def arrays_in(home: Home) -> Iterator[None]:
     """Let large arrays that Flower receives in this process lie in a home that is no memory."""
     registry: dict[str, Any] = inflatable_utils.inflatable_class_registry
-    before = {name: registry[name] for name in ("Array", "ArrayRecord")}
+    before = {name: registry[name] for name in ("ArrayChunk", "Array", "ArrayRecord")}
     if home is not MEMORY:
-        registry |= {"Array": _class_of(home), "ArrayRecord": _Record}
+        registry |= {"ArrayChunk": _Chunk, "Array": _class_of(home), "ArrayRecord": _Record}
     try:
         yield
     finally:
         registry |= before
+
+
+class _Chunk(ArrayChunk):
+    """A view of what came; Flower's copy of it is in another thread's heap."""
+
+    @classmethod
+    def inflate(cls, object_content: bytes, children: dict[str, Any] | None = None) -> ArrayChunk:
+        size = len(ArrayChunk.inflate(object_content, children).data)
+        return ArrayChunk(memoryview(object_content)[len(object_content) - size :])
 
 
 class _Record(ArrayRecord):
