@@ -127,9 +127,9 @@ class StateStore:
                     stored.unlink(missing_ok=True)
 
     def host_bytes(self) -> int:
-        """Return the bytes of host memory that states take."""
+        """Return the bytes of pageable host memory that states take."""
         kept = [value for each in self._kept.values() for value in each.tensors.values()]
-        return sum(value.nbytes for value in kept if not value.is_cuda)
+        return sum(value.nbytes for value in kept if not (value.is_cuda or value.is_pinned()))
 
     def settle(self) -> None:
         """Wait until all files are written. Raises OSError if one could not be."""
