@@ -94,6 +94,9 @@ class HolderMean:
         for entry in self.row_entries:
             layer = layer_of(entry.key)
             mean, is_expert = self.rows[entry.key], entry.layer is not None
+            if is_expert and bool((shares[layer, list(residents[layer])] == 1).all()):
+                _take_first(mean, pieces[entry.key], residents[layer])
+                continue
             for place, expert in enumerate(residents[layer]):
                 if share := float(shares[layer, expert].float()):
                     source = pieces[entry.key][place] if is_expert else routers[entry.key][expert]
@@ -130,6 +133,15 @@ class HolderMean:
         Root of the weighted mean squared distance of the copies from their mean; 0 with one copy.
         """
         return self._spread.sqrt()
+
+
+def _take_first(mean: Tensor, rows: Tensor, experts: Sequence[int]) -> None:
+    """Copy first copies to their experts' places, experts that follow each other in one go."""
+    start = 0
+    for stop in range(1, len(experts) + 1):
+        if stop == len(experts) or experts[stop] != experts[stop - 1] + 1:
+            mean[experts[start] : experts[stop - 1] + 1].copy_(rows[start:stop])
+            start = stop
 
 
 def _draw_near(mean: Tensor, new: Tensor, share: float) -> float:

@@ -22,6 +22,8 @@ _WORTH_BYTES = 2**20
 """Below this a plain copy costs no more."""
 _MOST_OF_FREE = 0.25
 """Share of the free memory that one pinned tensor may take."""
+_SPARE = 0.9
+"""Share of a GPU's free memory that may be used."""
 _is_pinning = False
 
 
@@ -46,6 +48,12 @@ def host_empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tens
     # NumPy asks the system for large pages: a new tensor is filled several times as fast.
     memory = torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
     return memory.view(dtype).view(tuple(shape))
+
+
+def has_room(device: torch.device, num_bytes: int) -> bool:
+    """Tell whether a GPU has so many bytes to give, with some to spare."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return num_bytes <= _SPARE * (torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def copy(target: Tensor, source: Tensor) -> None:

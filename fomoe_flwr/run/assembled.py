@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from fomoe_flwr.config import Settings
 from fomoe_flwr.data.tokens import TokenBlocks
 from fomoe_flwr.events import tell
+from fomoe_flwr.model.device_copy import has_room
 from fomoe_flwr.model.residency import build_skeleton
 from fomoe_flwr.model.router_probe import chosen_experts
 from fomoe_flwr.model.state import State
@@ -21,9 +22,6 @@ from fomoe_flwr.run.evaluation import EvalReport, evaluate, sample_text
 from fomoe_flwr.run.layer_stream import LayerStream
 from fomoe_flwr.worker.cache import CACHE
 from fomoe_flwr.worker.device import pick_device
-
-_SPARE = 0.9
-"""Share of a GPU's free memory that may be used."""
 
 _T = TypeVar("_T")
 
@@ -124,12 +122,7 @@ def _has_room(device: torch.device, needed: int) -> bool:
 
     If not, what waits there for the next round is given back first.
     """
-
-    def free() -> int:
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(_SPARE * (torch.cuda.mem_get_info(device)[0] + unused))
-
-    if needed > free():
+    if not has_room(device, needed):
         CACHE.drop_model()
         torch.cuda.empty_cache()
-    return needed <= free()
+    return has_room(device, needed)

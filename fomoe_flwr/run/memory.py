@@ -9,7 +9,7 @@ import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
-_LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.2
 
 
 def anonymous_bytes() -> int:

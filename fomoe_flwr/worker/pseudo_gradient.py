@@ -35,7 +35,7 @@ def difference(part: StateSpec, received: State, trained: State, residents: Resi
 
 def _subtract(target: Tensor, received: Tensor, trained: Tensor) -> None:
     """Write received minus trained, computed where the trained weights lie."""
-    if trained.is_cuda:
+    if trained.is_cuda and not received.is_cuda:
         there = torch.empty(received.shape, dtype=received.dtype, device=trained.device)
         copy(there, received)
         received = there

@@ -19,7 +19,7 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.config.execution import is_heap_held
 from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.errors import RunError
-from fomoe_flwr.model.device_copy import pin_host_memory
+from fomoe_flwr.model.device_copy import copy, has_room, pin_host_memory
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import State, StateSpec, overlay
 from fomoe_flwr.parallel.team import ALONE, Team
@@ -137,6 +137,7 @@ def run_round(
             first_step=task.first_step,
             pooled_share=task.pooled_share,
         )
+        received, current = _travelled(received, current, device)
         with closing(trainer):
             trainer.adopt(current)
             del current
@@ -179,6 +180,19 @@ def starting_weights(task: RoundTask) -> tuple[dict[str, Tensor], dict[str, Tens
     overlay(received, task.carried, pieces)
     overlay(current, task.carried, pieces)
     return received, current
+
+
+def _travelled(
+    received: dict[str, Tensor], current: dict[str, Tensor], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Take what a worker starts from and compares with to a GPU, once, if there is room."""
+    size = sum(value.nbytes for value in received.values())
+    if device.type != "cuda" or received is not current or not has_room(device, 2 * size):
+        return received, current
+    there = {key: torch.empty(v.shape, dtype=v.dtype, device=device) for key, v in received.items()}
+    for key, value in received.items():
+        copy(there[key], value)
+    return there, there
 
 
 def _resume(task: RoundTask, trainer: LocalTrainer) -> None:
