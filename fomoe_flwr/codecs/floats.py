@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from fomoe_flwr.codecs.errors import CodecError
+from fomoe_flwr.codecs.slabs import blank, is_finite, slab_is_finite, spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,13 +23,42 @@ Empty = Callable[[int], Tensor]
 
 def encode_floats(vector: Tensor, name: str) -> Data:
     """Write little-endian numbers without a header; fp32 itself is a view of `vector`."""
-    return to_bytes(vector.to(DTYPES[name]))
+    dtype = DTYPES[name]
+    if dtype == torch.float32 or vector.device.type != "cpu":
+        return to_bytes(vector.to(dtype))
+    numbers = blank(vector.numel(), dtype)
+
+    def write(parts: Iterator[slice]) -> None:
+        for part in parts:
+            numbers[part] = vector[part]
+
+    spread(vector, write)
+    return to_bytes(numbers)
 
 
-def decode_floats(data: Data, name: str, empty: Empty = torch.empty) -> Tensor:
-    """Read numbers back as fp32; fp32 itself is a view of `data` and must not be written to."""
+def decode_floats(data: Data, name: str, empty: Empty = blank) -> Tensor:
+    """Read numbers back as fp32; fp32 itself is a view of `data` and must not be written to.
+
+    Raises CodecError for numbers that are not finite.
+    """
     numbers = from_bytes(data, DTYPES[name])
-    return numbers if name == "float32" else empty(len(numbers)).copy_(numbers)
+    if name == "float32":
+        check(is_finite(numbers))
+        return numbers
+    vector = empty(len(numbers))
+
+    def read(parts: Iterator[slice]) -> None:
+        for part in parts:
+            check(slab_is_finite(vector[part].copy_(numbers[part])))
+
+    spread(vector, read)
+    return vector
+
+
+def check(finite: bool) -> None:
+    """Raise CodecError for numbers that are not finite."""
+    if not finite:
+        raise CodecError("array holds NaN or infinite numbers")
 
 
 def to_bytes(values: Tensor) -> Data:

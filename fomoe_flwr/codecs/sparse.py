@@ -7,44 +7,56 @@ The levels are the mean sizes of what lies below and above the mean size of what
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fomoe_flwr.codecs.errors import CodecError
-from fomoe_flwr.codecs.floats import Data, Empty, from_bytes, to_bytes
+from fomoe_flwr.codecs.floats import Data, Empty, check, from_bytes, to_bytes
 from fomoe_flwr.codecs.sizes import CHUNK, Codec
-from fomoe_flwr.codecs.slabs import slabs
+from fomoe_flwr.codecs.slabs import blank, slab_is_finite, spread
+
+_ROWS = 8
+"""Rows of a chunk when its largest numbers are looked for."""
 
 
 def encode_sparse(vector: Tensor, codec: Codec) -> Data:
     """Keep the largest numbers of each chunk."""
-    places, levels, values = [], [], []
-    for part in slabs(vector.numel()):
-        for chunks, keep in _by_chunk(vector[part], codec.keep):
-            place = chunks.abs().topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
-            kept = chunks.gather(1, place)
-            places.append(place.view(-1).to(torch.int16))
-            if codec.name == "topk_int2":
-                level, coded = _two_levels(kept)
-                levels.append(level)
-                values.append(coded)
-            else:
-                values.append(kept.view(-1).to(torch.bfloat16))
-    if not places:
+    size, two = vector.numel(), codec.name == "topk_int2"
+    if not size:
         return b""
-    codes = torch.cat(values)
-    if codec.name == "topk_int2":
-        codes = _pack_pairs(codes)
-    level_bytes = to_bytes(torch.cat(levels)) if levels else b""
-    return b"".join((to_bytes(_pack_places(torch.cat(places))), level_bytes, to_bytes(codes)))
+    count = codec.num_kept(size)
+    places = torch.empty(count, dtype=torch.int16)
+    levels = torch.empty(2 * -(-size // CHUNK) if two else 0, dtype=torch.bfloat16)
+    codes = torch.empty(count, dtype=torch.uint8 if two else torch.bfloat16)
+
+    def write(parts: Iterator[slice]) -> None:
+        for part in parts:
+            for chunks, chunk, keep in _by_chunk(vector, part, codec.keep):
+                place = _largest(chunks, keep)
+                # Little is left. On the CPU sums have the same bits wherever the vector lies.
+                kept = chunks.gather(1, place).cpu()
+                own = slice(chunk * codec.keep, chunk * codec.keep + kept.numel())
+                places[own] = place.view(-1).cpu()
+                if two:
+                    level, coded = _two_levels(kept)
+                    levels[2 * chunk : 2 * chunk + len(level)] = level
+                    codes[own] = coded
+                else:
+                    codes[own] = kept.view(-1)
+
+    spread(vector, write)
+    packed = _pack_pairs(codes) if two else codes
+    return b"".join((to_bytes(_pack_places(places)), to_bytes(levels), to_bytes(packed)))
 
 
-def decode_sparse(data: Data, codec: Codec, size: int, empty: Empty = torch.empty) -> Tensor:
+def decode_sparse(data: Data, codec: Codec, size: int, empty: Empty = blank) -> Tensor:
     """Read numbers back, zeros elsewhere.
 
-    Raises CodecError for places out of range, repeated or not ascending, and for levels that are
-    not finite.
+    Raises CodecError for places out of range, repeated or not ascending, and for levels or numbers
+    that are not finite.
     """
     count, num_chunks = codec.num_kept(size), -(-size // CHUNK)
     end = -(-count * 12 // 8)
@@ -57,33 +69,63 @@ def decode_sparse(data: Data, codec: Codec, size: int, empty: Empty = torch.empt
     else:
         levels = torch.empty(0)
         codes = from_bytes(data[end:], torch.bfloat16)
-    vector = empty(size).zero_()
-    first_code = first_chunk = 0
-    for part in slabs(size):
-        for chunks, keep in _by_chunk(vector[part], codec.keep):
-            last_code = first_code + keep * len(chunks)
-            place = places[first_code:last_code].view(len(chunks), keep).long()
-            rises = bool((place[:, 1:] > place[:, :-1]).all())
-            if not rises or bool((place[:, -1] >= chunks.shape[1]).any()):
-                raise CodecError("places in a chunk must ascend and lie inside it")
-            code = codes[first_code:last_code].view(len(chunks), keep)
-            if codec.name == "topk_int2":
-                value = levels[first_chunk : first_chunk + len(chunks)].gather(1, code >> 1)
-                value = torch.where((code & 1).bool(), -value, value)
-            else:
-                value = code.float()
-            chunks.scatter_(1, place, value)
-            first_code, first_chunk = last_code, first_chunk + len(chunks)
+        check(slab_is_finite(codes))
+    vector = empty(size)
+
+    def read(parts: Iterator[slice]) -> None:
+        for part in parts:
+            vector[part].zero_()
+            for chunks, chunk, keep in _by_chunk(vector, part, codec.keep):
+                first, num_codes = chunk * codec.keep, keep * len(chunks)
+                place = places[first : first + num_codes].view(len(chunks), keep).long()
+                rises = bool((place[:, 1:] > place[:, :-1]).all())
+                if not rises or bool((place[:, -1] >= chunks.shape[1]).any()):
+                    raise CodecError("places in a chunk must ascend and lie inside it")
+                code = codes[first : first + num_codes].view(len(chunks), keep)
+                if codec.name == "topk_int2":
+                    value = levels[chunk : chunk + len(chunks)].gather(1, code >> 1)
+                    value = torch.where((code & 1).bool(), -value, value)
+                else:
+                    value = code.float()
+                chunks.scatter_(1, place, value)
+
+    spread(vector, read)
     return vector
 
 
-def _by_chunk(part: Tensor, keep: int) -> list[tuple[Tensor, int]]:
-    """View a slab as whole chunks and what is left over, each with how many numbers are kept."""
-    whole = len(part) // CHUNK * CHUNK
-    views = [(part[:whole].view(-1, CHUNK), keep)] if whole else []
-    if whole < len(part):
-        views.append((part[whole:].view(1, -1), min(keep, len(part) - whole)))
-    return views
+def _by_chunk(vector: Tensor, part: slice, keep: int) -> Iterator[tuple[Tensor, int, int]]:
+    """View a slab as whole chunks and what is left over: first chunk's number, numbers kept."""
+    first, last = part.start // CHUNK, part.stop // CHUNK
+    if first < last:
+        yield vector[part.start : last * CHUNK].view(-1, CHUNK), first, keep
+    rest = part.stop - last * CHUNK
+    if rest:
+        yield vector[last * CHUNK : part.stop].view(1, -1), last, min(keep, rest)
+
+
+def _largest(chunks: Tensor, keep: int) -> Tensor:
+    """Return [chunks, keep] ascending places of the numbers of largest size."""
+    if chunks.shape[1] < CHUNK or _ROWS * (keep + 1) >= CHUNK // 2:
+        return _largest_of_all(chunks, keep)
+    # A chunk as rows. Columns with the largest maxima hold the largest numbers: look only there.
+    # One more number than is kept shows whether equal ones stand on both sides of the edge.
+    width, rows = keep + 1, chunks.abs().view(len(chunks), _ROWS, -1)
+    columns = rows.amax(dim=1).topk(width, dim=1, sorted=False).indices
+    found = rows.gather(2, columns.unsqueeze(1).expand(-1, _ROWS, -1)).view(len(chunks), -1)
+    sizes, picked = found.topk(width, dim=1)
+    row = picked[:, :keep].div(width, rounding_mode="floor")
+    column = columns.gather(1, picked[:, :keep] - row * width)
+    places = (row * rows.shape[2] + column).sort(dim=1).values
+    unclear = ~(sizes[:, keep - 1] > sizes[:, keep])  # also where it is NaN
+    if bool(unclear.any()):
+        places[unclear] = _largest_of_all(chunks[unclear], keep)
+    return places
+
+
+def _largest_of_all(chunks: Tensor, keep: int) -> Tensor:
+    # On the CPU: which of equal numbers is kept depends on the device.
+    found = chunks.cpu().abs().topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
+    return found.to(chunks.device)
 
 
 def _two_levels(kept: Tensor) -> tuple[Tensor, Tensor]:
