@@ -1,6 +1,6 @@
 """Measure how fast codecs turn numbers into bytes and back, as a share of memory bandwidth.
 
-    python benchmarks/codecs.py --json benchmarks/results/codecs.json
+    python benchmarks/codecs.py --threads 2 --json benchmarks/results/codecs.json
     python benchmarks/codecs.py --megabytes 64 --threads 1
 
 A vector of normal numbers is encoded and decoded. Speed is bytes of its fp32 form over seconds,
@@ -14,14 +14,14 @@ import torch
 from measurement import best_seconds, markdown, parser_of, save
 from server import copy_speed
 
-from fomoe_flwr.codecs.sizes import CODECS, Codec
+from fomoe_flwr.codecs.sizes import CODECS, INTEGERS, Codec
 from fomoe_flwr.codecs.vectors import decode, encode
 from fomoe_flwr.report.environment import environment
 
 
-def measure(name: str, vector: torch.Tensor, repeat: int) -> dict[str, float]:
+def measure(codec: Codec, vector: torch.Tensor, repeat: int) -> dict[str, float]:
     """Time one codec; also return its relative error."""
-    codec, size = Codec(name), vector.numel()
+    size = vector.numel()
     data = encode(vector, codec)
     error = (decode(data, codec, size) - vector).norm() / vector.norm()
     return {
@@ -43,13 +43,17 @@ def main() -> None:
     copy = copy_speed(num_bytes)
     vector = torch.randn(num_bytes // 4, generator=torch.Generator().manual_seed(0))
     rows, shown = [], []
-    for name in CODECS:
-        row = measure(name, vector, options.repeat)
+    by_chance = [Codec(name, stochastic=True) for name in INTEGERS]
+    for codec in [*map(Codec, CODECS), *by_chance]:
+        name = f"{codec.name}, stochastic" if codec.stochastic else codec.name
+        row = measure(codec, vector, options.repeat)
+        for way in ("encode", "decode"):
+            row[f"{way}_share_of_copy"] = num_bytes / row[f"{way}_seconds"] / copy
         rows.append({"codec": name, **row})
         cells = [f"`{name}`", f"{row['bytes_per_number']:.3f}", f"{row['relative_error']:.2g}"]
         for way in ("encode", "decode"):
             speed = num_bytes / row[f"{way}_seconds"]
-            cells += [f"{speed / 1e9:.2f}", f"{speed / copy:.0%}"]
+            cells += [f"{speed / 1e9:.2f}", f"{row[f'{way}_share_of_copy']:.0%}"]
         shown.append(cells)
     print(f"copy: {copy / 1e9:.1f} GB/s, {options.threads} threads\n")
     titles = ("codec", "bytes a number", "relative error")
