@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import sys
 import time
 import warnings
 from typing import Any, Literal
@@ -50,6 +51,14 @@ def tell(event: str, text: str = "", /, **fields: Any) -> None:
         return
     row = {"event": event, "time": round(time.time(), 3), **(fields or {"text": text})}
     print(json.dumps(_finite(row), default=str), flush=True)
+
+
+def warn(text: str) -> None:
+    """Tell what went wrong and does not end the command: on stderr, or as an event."""
+    if is_json():
+        tell("warning", text=text)
+    else:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def tell_if_json(event: str, text: str = "", /, **fields: Any) -> None:

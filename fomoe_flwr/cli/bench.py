@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+from fomoe_flwr.cli.paths import given_path
 from fomoe_flwr.errors import InputError
 
 _STEP_EXAMPLES = """examples:
@@ -41,7 +41,9 @@ def add_bench(commands: Any) -> None:
     step.add_argument("--warmup", type=int, default=5, help="steps before those (default: 5)")
     step.add_argument("--own-only", action="store_true", help="leave out transformers' steps")
     step.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    step.add_argument("--to", type=Path, default=None, help="write the JSON object to this file")
+    step.add_argument(
+        "--to", type=given_path, default=None, help="write the JSON object to this file"
+    )
     step.set_defaults(run=_bench_step)
 
 

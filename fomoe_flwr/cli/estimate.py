@@ -22,7 +22,11 @@ def add_costs(commands: Any) -> None:
         "--explain", action="store_true", help="each formula, and the numbers put in"
     )
     parser.add_argument(
-        "--sweep", type=Path, default=None, metavar="FOLDER", help="draw sweeps there, as PNGs"
+        "--sweep",
+        type=given_path,
+        default=None,
+        metavar="FOLDER",
+        help="draw sweeps there, as PNGs",
     )
     parser.set_defaults(run=_costs)
 
@@ -54,11 +58,11 @@ def add_plan(commands: Any) -> None:
         "The sites file: a list `sites` with name, memory_gib, teraflops, up_mbps and down_mbps of "
         "each, and if need be latency_seconds, mfu and state_gb_per_second; and server_mbps.",
     )
-    parser.add_argument("sites", type=Path, metavar="SITES.yaml")
+    parser.add_argument("sites", type=given_path, metavar="SITES.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE|FILE.yaml")
     parser.add_argument(
         "--to",
-        type=Path,
+        type=given_path,
         default=None,
         metavar="PLAN.yaml",
         help="write the run's "

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fomoe_flwr.cli.paths import given_path
 from fomoe_flwr.cli.train import add_log_format, exit_status
 from fomoe_flwr.events import tell
 
@@ -40,28 +41,30 @@ def add_federation(commands: Any) -> None:
     own = parent.add_subparsers(required=True, metavar="COMMAND")
     text = "SuperLink, SuperExec and SuperNodes on this machine: TLS, registered node keys"
     up = own.add_parser("up", help="start a federation and keep it alive", description=text)
-    up.add_argument("folder", type=Path, metavar="FOLDER", help="made if it is not there")
+    up.add_argument("folder", type=given_path, metavar="FOLDER", help="made if it is not there")
     _add_nodes(up)
     up.add_argument("--detach", action="store_true", help="return once it is up")
     up.set_defaults(run=_up)
     down = own.add_parser("down", help="end every process of a federation, by pid")
-    down.add_argument("folder", type=Path, metavar="FOLDER")
+    down.add_argument("folder", type=given_path, metavar="FOLDER")
     down.set_defaults(run=_down)
     run = own.add_parser("run", help="up, submit, down; exit status 0 if all rounds were done")
-    run.add_argument("folder", type=Path, metavar="FOLDER", help="made if it is not there")
+    run.add_argument("folder", type=given_path, metavar="FOLDER", help="made if it is not there")
     _add_nodes(run)
     _add_run(run)
     run.set_defaults(run=_run)
     submit = own.add_parser(
         "submit", help="train on a federation that is up; exit status 0 if all rounds were done"
     )
-    submit.add_argument("folder", type=Path, metavar="FOLDER", help="with flower/config.toml in it")
+    submit.add_argument(
+        "folder", type=given_path, metavar="FOLDER", help="with flower/config.toml in it"
+    )
     _add_run(submit)
     submit.set_defaults(run=_submit)
     keys = own.add_parser(
         "credentials", help="make an authority, a server certificate and a SuperExec secret"
     )
-    keys.add_argument("folder", type=Path, metavar="FOLDER")
+    keys.add_argument("folder", type=given_path, metavar="FOLDER")
     keys.add_argument(
         "--host",
         action="append",
@@ -72,7 +75,7 @@ def add_federation(commands: Any) -> None:
     )
     keys.set_defaults(run=_credentials)
     node = own.add_parser("node-key", help="make a SuperNode's key pair")
-    node.add_argument("folder", type=Path, metavar="FOLDER")
+    node.add_argument("folder", type=given_path, metavar="FOLDER")
     node.add_argument("name", metavar="NAME")
     node.set_defaults(run=_node_key)
 
@@ -148,7 +151,9 @@ def _detach(options: argparse.Namespace) -> int:
 def _down(options: argparse.Namespace) -> int:
     from fomoe_flwr.federation.deployment.loopback import end_federation
 
-    print(f"ended {end_federation(options.folder)} processes")
+    count = end_federation(options.folder)
+    told = f"ended {count} process{'es' * (count > 1)}" if count else "no process of it ran"
+    print(told)
     return 0
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+from fomoe_flwr.cli.paths import given_path
 from fomoe_flwr.errors import InputError
 
 
 def add_evaluate(commands: Any) -> None:
     """Add `evaluate` to the command line."""
     parser = commands.add_parser("evaluate", help="score a run's newest checkpoint")
-    parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.add_argument("folder", type=given_path, metavar="RUN")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--max-tokens", type=int, default=None, help="default: eval.max_tokens")
     parser.set_defaults(run=_evaluate)
@@ -30,7 +30,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def add_sample(commands: Any) -> None:
     """Add `sample` to the command line."""
     parser = commands.add_parser("sample", help="continue a prompt with a run's newest checkpoint")
-    parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.add_argument("folder", type=given_path, metavar="RUN")
     parser.add_argument("--prompt", default="The ")
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -51,8 +51,8 @@ def _sample(options: argparse.Namespace) -> int:
 def add_export(commands: Any) -> None:
     """Add `export` to the command line."""
     parser = commands.add_parser("export", help="write a transformers checkpoint")
-    parser.add_argument("folder", type=Path, metavar="RUN")
-    parser.add_argument("--to", type=Path, default=None, help="default: RUN/export")
+    parser.add_argument("folder", type=given_path, metavar="RUN")
+    parser.add_argument("--to", type=given_path, default=None, help="default: RUN/export")
     parser.set_defaults(run=_export)
 
 
@@ -68,7 +68,7 @@ def add_report(commands: Any) -> None:
     parser = commands.add_parser(
         "report", help="print a table and draw report.html and the plots again"
     )
-    parser.add_argument("folder", type=Path, metavar="RUN_OR_SWEEP")
+    parser.add_argument("folder", type=given_path, metavar="RUN_OR_SWEEP")
     parser.set_defaults(run=_report)
 
 
@@ -96,7 +96,7 @@ def _report(options: argparse.Namespace) -> int:
 def add_status(commands: Any) -> None:
     """Add `status` to the command line."""
     parser = commands.add_parser("status", help="where a run is, who is missing, what it uses")
-    parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.add_argument("folder", type=given_path, metavar="RUN")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=_status)
 

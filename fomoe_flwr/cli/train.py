@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fomoe_flwr import events
+from fomoe_flwr.cli.paths import given_path
 from fomoe_flwr.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,8 +104,10 @@ def add_sweep(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-m", "--multirun", action="store_true", help="implied; as in Hydra")
-    parser.add_argument("--dir", type=Path, metavar="SWEEP", help="go on there if it exists")
-    parser.add_argument("--resume", type=Path, metavar="SWEEP", help="go on with a stored sweep")
+    parser.add_argument("--dir", type=given_path, metavar="SWEEP", help="go on there if it exists")
+    parser.add_argument(
+        "--resume", type=given_path, metavar="SWEEP", help="go on with a stored sweep"
+    )
     parser.add_argument(
         "--invalid",
         choices=("refuse", "skip"),

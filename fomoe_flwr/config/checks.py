@@ -86,8 +86,9 @@ def _check_presence(settings: Settings) -> None:
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return a suggestion to end an error with, or nothing."""
-    near = difflib.get_close_matches(str(word), list(options), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    lower = {option.lower(): option for option in options}
+    near = difflib.get_close_matches(str(word).lower(), list(lower), n=1)
+    return f"; did you mean {lower[near[0]]}?" if near else ""
 
 
 def _check_model(model: ModelSettings) -> None:

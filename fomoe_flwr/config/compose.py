@@ -22,12 +22,14 @@ from omegaconf.errors import (
     GrammarParseError,
     InterpolationResolutionError,
     OmegaConfBaseException,
+    ValidationError,
 )
 from yaml import YAMLError
 
 from fomoe_flwr.config.checks import SettingsError, check, did_you_mean
+from fomoe_flwr.config.kinds import kind_of
 from fomoe_flwr.config.literals import literal
-from fomoe_flwr.config.overrides import parse_values, refuse_reference
+from fomoe_flwr.config.overrides import check_paths, parse_values, refuse_reference
 from fomoe_flwr.config.paper_rows import ROWS
 from fomoe_flwr.config.schema import Settings
 from fomoe_flwr.errors import one_line
@@ -76,6 +78,7 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
     parsed = parse_values(overrides)
     targets = [override.value() for override in parsed if override.key_or_group == "resume"]
     resume = OmegaConf.create({"resume": targets[-1] if targets else ""})
+    check_paths(parsed)
     settings = _stored(str(resume.resume), parsed) if resume.resume else _composed(parsed)
     check(settings)
     return settings
@@ -195,9 +198,23 @@ def _explain(error: OmegaConfBaseException, overrides: Iterable[Override] = ()) 
             if "${" in str(override.input_line) and key in ("", override.key_or_group):
                 return refuse_reference(override)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
-        return _unknown_key(key)
+        longer = [each.key_or_group for each in overrides]
+        return _unknown_key(next((each for each in longer if each.startswith(f"{key}.")), key))
+    if isinstance(error, ValidationError) and (kind := kind_of(key)):
+        return SettingsError(
+            f"{key}{_given(key, error, overrides)} is of the wrong kind: it must be {kind}"
+        )
     reason = one_line(str(error).splitlines()[0])
     return SettingsError(f"{key}: {reason}" if key else reason)
+
+
+def _given(key: str, error: ValidationError, overrides: Iterable[Override]) -> str:
+    """Return `=VALUE` as the last override of a key wrote it, else as the error names it."""
+    words = [str(each.input_line) for each in overrides if each.key_or_group == key]
+    if words:
+        return f"={words[-1].partition('=')[2]}"
+    named = re.match(r"Value '(.*)' of type", one_line(error))
+    return f"={named[1]}" if named else ""
 
 
 def _composed(overrides: Sequence[Override]) -> Settings:

@@ -18,6 +18,8 @@ from fomoe_flwr.config.literals import literal
 from fomoe_flwr.config.schema import Settings
 from fomoe_flwr.errors import check_text, one_line
 
+_PATHS = ("resume", "output_dir", "data.path", "layout.path")
+
 _KEY = r"[~+]*[A-Za-z_][\w./@:-]*"
 
 
@@ -82,6 +84,25 @@ def parse_values(words: Iterable[str]) -> list[Override]:
                 f"or fomoe sweep {shlex.quote(word)} to train with each"
             )
     return parsed
+
+
+def check_paths(overrides: Iterable[Override]) -> None:
+    """Refuse a path that is empty, or that begins with an unknown `~`. Raises SettingsError.
+
+    A path that is quoted for Hydra may be empty: it stands for none.
+    """
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        if key not in _PATHS:
+            continue
+        if not str(override.input_line).partition("=")[2].strip():
+            raise SettingsError(f"{key}= is empty: give a path, or leave {key} out")
+        try:
+            Path(str(value)).expanduser()
+        except RuntimeError:
+            raise SettingsError(
+                f"{key}={value}: ~ stands for no folder that is known: write it out"
+            ) from None
 
 
 def refuse_reference(override: Override) -> SettingsError:

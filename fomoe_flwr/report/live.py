@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from pathlib import Path
 
 from fomoe_flwr.errors import reason_of
+from fomoe_flwr.events import warn
 from fomoe_flwr.parallel.processes import Processes
 from fomoe_flwr.run.directory import RunDirectory
 
@@ -63,6 +63,6 @@ class LiveReport:
             draw_beside(self._run)
         except Exception as error:
             # Hours of training are worth more than their picture.
-            warnings.warn(f"no report this time: {reason_of(error)}", stacklevel=2)
+            warn(f"no report this time: {reason_of(error)}")
         spent = time.monotonic() - started
         self._next = time.monotonic() + max(_REFRESH_SECONDS, spent / _SHARE)

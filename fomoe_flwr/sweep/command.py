@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from datetime import datetime
@@ -18,7 +17,7 @@ from omegaconf import DictConfig
 
 from fomoe_flwr.config import SettingsError, conf_dir, paper_rows_known, parse_overrides, quoted
 from fomoe_flwr.errors import RunError, one_line, reason_of
-from fomoe_flwr.events import is_json, tell
+from fomoe_flwr.events import is_json, tell, warn
 from fomoe_flwr.federation.deployment.guardian import guarded_children
 from fomoe_flwr.sweep import slurm
 from fomoe_flwr.sweep.directory import SweepDirectory
@@ -172,7 +171,7 @@ def _gather(directory: SweepDirectory) -> None:
         sweep_page(directory)
     except Exception as error:
         # The jobs and their table are worth more than their picture.
-        warnings.warn(f"no report this time: {reason_of(error)}", stacklevel=2)
+        warn(f"no report this time: {reason_of(error)}")
 
 
 def _refuse(plan: Plan, skip_invalid: bool) -> None:
