@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fomoe_flwr.cli.paths import given_path
+
 if TYPE_CHECKING:
     from fomoe_flwr.plan import Plan
 

@@ -84,7 +84,7 @@ def test_a_key_that_is_added_inside_a_group_is_refused() -> None:
         ("local.batch_size={a:1}", "a whole number"),
         ("layout.overlap=null", "a whole number"),
         ("output_dir=[a]", "text"),
-        ("eval=3", "a group of settings: set one of them"),
+        ("federation=3", "a group of settings: set one of them"),
     ],
 )
 def test_a_wrong_type_is_refused_with_the_value_and_the_kind(override: str, kind: str) -> None:

@@ -43,7 +43,7 @@ def test_resume_refuses_unknown_keys_and_wrong_values(stored_run: Path) -> None:
     assert refusal(f"resume={stored_run}", "rounds=0") == (
         "rounds=0 is out of range: it must be >= 1"
     )
-    assert refusal(f"resume={stored_run}", "rounds=x").startswith("rounds: ")
+    assert refusal(f"resume={stored_run}", "rounds=x").startswith("rounds=x is of the wrong kind")
 
 
 def test_resume_takes_everything_else_from_the_run(stored_run: Path) -> None:
