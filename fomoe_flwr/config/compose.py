@@ -155,10 +155,19 @@ def _known_keys(node: Any, prefix: str = "") -> Iterable[str]:
 
 
 def _unknown_key(key: str) -> SettingsError:
-    known = list(_known_keys(Settings()))
-    return SettingsError(
-        f"{key} is not a setting{did_you_mean(key, known) or '; see conf/ for all settings'}"
-    )
+    # A group is no answer to who looks for a key in it.
+    known = [each for each in _known_keys(Settings()) if not key.startswith(f"{each}.")]
+    hint = did_you_mean(key, known) or _neighbours(key, known) or "; see conf/ for all settings"
+    return SettingsError(f"{key} is not a setting{hint}")
+
+
+def _neighbours(key: str, known: Iterable[str]) -> str:
+    group = key.rpartition(".")[0]
+    names = [each.rpartition(".")[2] for each in known if group == each.rpartition(".")[0]]
+    if not group or not names:
+        return ""
+    more = f", ... ({len(names)} in all)" if len(names) > _MOST_NAMED else ""
+    return f"; {group} has {', '.join(names[:_MOST_NAMED])}{more}"
 
 
 def _typed(node: Any, overrides: Iterable[Override] = ()) -> Settings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,12 +61,22 @@ def test_a_full_replica_experiment_follows_the_number_of_workers() -> None:
         ("ROUNDS=2", "ROUNDS is not a setting; did you mean rounds?"),
         ("roundz=2", "roundz is not a setting; did you mean rounds?"),
         ("zzz=2", "zzz is not a setting; see conf/ for all settings"),
+        ("zzz.qqq=2", "zzz.qqq is not a setting; see conf/ for all settings"),
         ("+extra=1", "+extra=1: no setting can be added, only set: type extra=1"),
         ("++extra=1", "extra is not a setting; see conf/ for all settings"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(override: str, text: str) -> None:
     assert refusal(override) == text
+
+
+@pytest.mark.parametrize("group", ["layout", "local", "checkpoint"])
+def test_an_unknown_key_like_no_other_is_answered_with_its_neighbours(group: str) -> None:
+    names = [each.name for each in fields(getattr(load_settings(), group))]
+    text = refusal(f"{group}.qqqqqqqqqqqq=1")
+    assert text.startswith(f"{group}.qqqqqqqqqqqq is not a setting; {group} has {names[0]}, ")
+    assert all(name in text for name in names[:20])
+    assert (f"... ({len(names)} in all)" in text) == (len(names) > 20)
 
 
 def test_a_key_that_is_added_inside_a_group_is_refused() -> None:
