@@ -19,7 +19,7 @@ from fomoe_flwr import costs
 from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings
 from fomoe_flwr.errors import InputError
-from fomoe_flwr.model.device_copy import pin_host_memory
+from fomoe_flwr.model.device_copy import pin_host_memory, spare_host_memory
 from fomoe_flwr.model.homes import MEMORY, WEIGHTS, Home, SlabHome
 from fomoe_flwr.model.pretrained import fill_pretrained
 from fomoe_flwr.model.residency import build_model, build_skeleton
@@ -58,6 +58,7 @@ class ServerState:
     ) -> None:
         self.settings, self.run = settings, run
         self.choice, self.home = _choose(settings, run)
+        spare_host_memory(self.home is not MEMORY)
         if self.home is MEMORY and pick_device(settings.eval.device).type == "cuda":
             pin_host_memory()
         self.outer = OuterStep(settings.outer, self.home)

@@ -24,7 +24,7 @@ _MOST_OF_FREE = 0.25
 """Share of the free memory that one pinned tensor may take."""
 _SPARE = 0.9
 """Share of a GPU's free memory that may be used."""
-_is_pinning = False
+_is_pinning = _is_sparing = False
 
 
 def pin_host_memory() -> None:
@@ -34,7 +34,14 @@ def pin_host_memory() -> None:
     keeps what is freed for the next tensor of its size.
     """
     global _is_pinning
-    _is_pinning = torch.cuda.is_available()
+    _is_pinning = torch.cuda.is_available() and not _is_sparing
+
+
+def spare_host_memory(is_sparing: bool = True) -> None:
+    """Pin nothing in this process: torch would keep what is freed, where memory is short."""
+    global _is_pinning, _is_sparing
+    _is_sparing = is_sparing
+    _is_pinning = _is_pinning and not is_sparing
 
 
 def host_empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

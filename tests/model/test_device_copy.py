@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from fomoe_flwr.model import device_copy
-from fomoe_flwr.model.device_copy import BUFFER_BYTES, copy, host_empty, pin_host_memory
+from fomoe_flwr.model.device_copy import (
+    BUFFER_BYTES,
+    copy,
+    host_empty,
+    pin_host_memory,
+    spare_host_memory,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 SIZES = (0, 1, 2**18, 2**18 + 1, BUFFER_BYTES // 2 + 3, 3 * BUFFER_BYTES // 4 + 1)
@@ -38,6 +44,17 @@ def test_a_machine_without_a_gpu_pins_nothing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pin_host_memory()
     assert not host_empty((2**20,)).is_pinned()
+
+
+def test_a_process_that_spares_memory_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pin_host_memory()
+    assert device_copy._is_pinning
+    spare_host_memory()
+    assert not device_copy._is_pinning
+    pin_host_memory()
+    assert not device_copy._is_pinning
+    spare_host_memory(False)
 
 
 @pytest.mark.gpu
