@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fomoe_flwr.cli.main import command_parser, main
+from fomoe_flwr.cli.paths import given_path
 from fomoe_flwr.errors import InputError
 from fomoe_flwr.files import check_file, check_folder, mark_folder, save_text
 from fomoe_flwr.run.directory import RunDirectory
@@ -137,7 +138,7 @@ def test_every_path_of_the_command_line_is_in_a_table() -> None:
         (name, action.option_strings[0] if action.option_strings else "")
         for name, parser in _parsers("", command_parser())
         for action in parser._actions
-        if action.type is Path or action.metavar == "FOLDER"
+        if action.type in (Path, given_path) or action.metavar == "FOLDER"
     ]
     assert len(paths) > 15
     for command, option in paths:
