@@ -57,10 +57,10 @@ def host_empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tens
     return memory.view(dtype).view(tuple(shape))
 
 
-def has_room(device: torch.device, num_bytes: int) -> bool:
-    """Tell whether a GPU has so many bytes to give, with some to spare."""
+def has_room(device: torch.device, num_bytes: int, share: float = _SPARE) -> bool:
+    """Tell whether so many bytes are at most a share of what a GPU has to give."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return num_bytes <= _SPARE * (torch.cuda.mem_get_info(device)[0] + unused)
+    return num_bytes <= share * (torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def copy(target: Tensor, source: Tensor) -> None:

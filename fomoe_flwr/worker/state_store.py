@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fomoe_flwr.model.device_copy import copy, host_empty
+from fomoe_flwr.model.device_copy import copy, has_room, host_empty
 from fomoe_flwr.model.tensor_files import save_tensors
 from fomoe_flwr.worker.state_files import FEEDBACK, INNER, state_file
 
@@ -149,11 +148,9 @@ def _placed(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
     """Return the tensors where they may stay: as they are, in host memory, or nowhere."""
     device = next((value.device for value in tensors.values() if value.is_cuda), None)
     size = sum(value.nbytes for value in tensors.values())
-    if device is not None:
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        # They lie there already: what is free must do for everything else.
-        if size <= _MOST_OF_FREE * (torch.cuda.mem_get_info(device)[0] + unused):
-            return tensors
+    # They lie there already: what is free must do for everything else.
+    if device is not None and has_room(device, size, _MOST_OF_FREE):
+        return tensors
     if size > _MOST_OF_FREE * psutil.virtual_memory().available:
         return None
     return {name: _on_host(value) for name, value in tensors.items()}
