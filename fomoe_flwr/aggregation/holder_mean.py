@@ -24,7 +24,7 @@ class HolderMean:
 
     With `router_rows="holders"` a row of a shared router is averaged over its expert's holders
     only: no task gradient reaches it elsewhere, and the mean over all would shrink its update.
-    The means lie in `home`.
+    The means lie in `home`; where nobody returned anything they have any value.
     """
 
     def __init__(self, spec: StateSpec, router_rows: str = "all", home: Home = MEMORY) -> None:
@@ -81,8 +81,10 @@ class HolderMean:
             raise ValueError("a reply's expert weights must be >= 0, one for each resident")
         self.shared_weight += weight
         self.shared_count += 1
-        # In one pass; nobody asks how far apart shared copies lie.
-        self.shared.lerp_(shared, weight / self.shared_weight)
+        if self.shared_count == 1:
+            self.shared.copy_(shared)
+        else:  # In one pass; nobody asks how far apart shared copies lie.
+            self.shared.lerp_(shared, weight / self.shared_weight)
         apart = torch.zeros_like(self._spread)
         shares = torch.zeros_like(self._spread)
         for layer, (held, added) in enumerate(zip(residents, weights, strict=True)):

@@ -62,7 +62,7 @@ class RoundMeans:
         home: Home = MEMORY,
     ) -> None:
         outer, self.privacy = settings.outer, settings.privacy
-        self.server_round, self.limits = server_round, limits
+        self.server_round, self.limits, self.home = server_round, limits, home
         self.fragment = fragment_of_round(outer, server_round)
         part = spec.fragment(self.fragment, outer.fragments)
         self.weighting = outer.weighting

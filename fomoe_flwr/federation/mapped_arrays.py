@@ -82,7 +82,7 @@ def _class_of(home: Home) -> type[Array]:
             places = json.loads(get_object_body(object_content, Array))["arraychunk_ids"]
             pieces = [memoryview(chunks[names[place]].data) for place in places]
             size = sum(map(len, pieces))
-            target = home.vector(-(-size // 4)).view(torch.uint8).numpy().data[:size]
+            target = home.scratch(-(-size // 4)).view(torch.uint8).numpy().data[:size]
             start = 0
             for piece in pieces:
                 target[start : start + len(piece)] = piece

@@ -81,7 +81,7 @@ class ReplyReader:
                 name,
                 self.settings.wire.codecs_up,
                 (mean.spec.shared_size, mean.spec.experts_size(residents)),
-                self.home.vector,
+                self.home.scratch,
             )
             for name, mean in means.by_name.items()
         }

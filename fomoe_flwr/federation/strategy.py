@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from logging import INFO, WARNING
+from logging import INFO
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -31,8 +31,10 @@ from fomoe_flwr.aggregation.norm_limits import NormLimits
 from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.aggregation.round_means import RoundMeans
 from fomoe_flwr.config import Settings
-from fomoe_flwr.errors import RunError, one_line
+from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation.accounting import open_ledger
+from fomoe_flwr.federation.beside import Beside, one_ahead
+from fomoe_flwr.federation.intake import Intake
 from fomoe_flwr.federation.layouts import Layouts
 from fomoe_flwr.federation.node_grid import NodeGrid, PatientGrid, node_grid
 from fomoe_flwr.federation.replies import ReplyReader
@@ -41,10 +43,9 @@ from fomoe_flwr.federation.round_state import RoundState
 from fomoe_flwr.federation.seats import POLL_SECONDS, RunIdentity, Seats, push
 from fomoe_flwr.federation.tasks import TaskWriter
 from fomoe_flwr.federation.waiting import OutTask, Waiting
-from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.model.homes import MEMORY
 from fomoe_flwr.model.state import StateSpec
-from fomoe_flwr.worker.heap import release_heap
+from fomoe_flwr.worker.device import pick_device
 
 
 class FederationError(RunError):
@@ -99,6 +100,7 @@ class FoMoEStrategy(Strategy):
         self._waiting = Waiting(settings.federation)
         self._adopt(RoundState.at_start(settings))
         self._round: RoundRecord
+        self._beside = Beside(is_on=False)
 
     @property
     def record(self) -> RoundRecord | None:
@@ -169,9 +171,17 @@ class FoMoEStrategy(Strategy):
         tasks = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         started, record = time.monotonic(), self._round
         self._waiting.begin()
-        self.aggregate_train(server_round, self._replies(tasks, grid, started + patience))
+        is_on = grid.works_when_asked and self._has_idle_cores()
+        with Beside(is_on) as self._beside:
+            tasks = one_ahead(tasks, is_on)
+            self.aggregate_train(server_round, self._replies(tasks, grid, started + patience))
         with self._meeting(grid):
             return self.on_round(record)
+
+    def _has_idle_cores(self) -> bool:
+        """Tell whether workers of this process compute on a GPU, and all is held in memory."""
+        is_on_gpu = pick_device(self.settings.local.device).type == "cuda"
+        return is_on_gpu and self.outer.home is MEMORY
 
     def _replies(
         self, tasks: Iterable[Message], grid: NodeGrid, deadline: float
@@ -300,43 +310,10 @@ class FoMoEStrategy(Strategy):
         Raises FederationError when fewer than `federation.min_workers` replies can be used.
         """
         means = RoundMeans(self.settings, self.spec, server_round, self._limits, self.outer.home)
-        self._fold_all(replies, means)
+        Intake(self._reader, self._waiting, self._round, means).take_all(replies, self._beside)
         self._require_quorum()
         self._step(means)
         return None, None
-
-    def _fold_all(self, replies: Iterable[Message], means: RoundMeans) -> None:
-        """Fold every reply that can be used; note for all other workers why theirs is left out."""
-        started, record = time.monotonic(), self._round
-        for message in replies:
-            worker = self._waiting.sent.get(message.metadata.reply_to_message_id, -1)
-            if worker in record.replies or worker < 0:
-                continue
-            try:
-                self._fold(message, worker, means)
-            except WireError as error:
-                record.failures[worker] = one_line(error)
-            del message
-            if self.outer.home is not MEMORY:
-                release_heap()  # Flower's threads leave the chunks of a reply in heaps of theirs.
-        for worker in range(self.settings.layout.num_workers):
-            if worker not in record.replies:
-                record.failures.setdefault(worker, "no reply before the round's deadline")
-        for worker, reason in sorted(record.failures.items()):
-            log(WARNING, "round %s: worker %s left out: %s", record.server_round, worker, reason)
-        record.train_seconds = time.monotonic() - started - record.send_seconds
-
-    def _fold(self, message: Message, worker: int, means: RoundMeans) -> None:
-        """Check a whole reply, then fold it. Raises WireError before anything is changed."""
-        started, record = time.monotonic(), self._round
-        if message.has_content():
-            record.up.add(message.content)
-        reply = self._reader.read(message, worker, record.server_round, record.layout, means)
-        if means.fold(reply):
-            record.clipped.add(worker)
-            log(WARNING, "round %s: worker %s is too large and scaled", record.server_round, worker)
-        record.take(worker, reply)
-        record.fold_seconds += time.monotonic() - started
 
     def _require_quorum(self) -> None:
         record, needed = self._round, self.settings.federation.min_workers

@@ -97,10 +97,10 @@ class TaskWriter:
             spec = part if name == wire.WEIGHTS else part.parameters()
             if (fragment, name) not in shared:
                 seed = seed_of(self.settings.seed, server_round, name)
-                packed = spec.pack_shared(values, self.outer.home.vector)
+                packed = spec.pack_shared(values, self.outer.home.scratch)
                 shared[fragment, name] = wire.encode(packed, down.shared, seed)
             seed = seed_of(self.settings.seed, server_round, name, worker)
-            packed = spec.pack_experts(values, residents, self.outer.home.vector)
+            packed = spec.pack_experts(values, residents, self.outer.home.scratch)
             experts = wire.encode(packed, down.experts, seed)
             content[name] = wire.arrays_of(shared[fragment, name], experts)
         return content

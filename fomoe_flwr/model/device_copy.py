@@ -8,7 +8,6 @@ takes longer than copying it. Here one buffer is filled by all cores while the o
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from math import prod
 
 import numpy as np
@@ -44,17 +43,17 @@ def spare_host_memory(is_sparing: bool = True) -> None:
     _is_pinning = _is_pinning and not is_sparing
 
 
-def host_empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def host_empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a tensor of any value in host memory."""
     num_bytes = prod(shape) * dtype.itemsize
     is_worth = _is_pinning and num_bytes >= _WORTH_BYTES
     if is_worth and num_bytes <= _MOST_OF_FREE * psutil.virtual_memory().available:
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
     if not num_bytes:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
     # NumPy asks the system for large pages: a new tensor is filled several times as fast.
     memory = torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
-    return memory.view(dtype).view(tuple(shape))
+    return memory.view(dtype).view(shape)
 
 
 def has_room(device: torch.device, num_bytes: int, share: float = _SPARE) -> bool:

@@ -12,7 +12,6 @@ from fomoe_flwr.errors import InputError
 from fomoe_flwr.files import is_marked, mark_folder
 from fomoe_flwr.model.device_copy import host_empty
 from fomoe_flwr.model.slab import Slab, give_name, scratch
-from fomoe_flwr.model.state import empty_vector
 
 WEIGHTS = "weights"
 """Kind of the global weights; the kinds of outer state are those of `OuterStep.tensors`."""
@@ -24,18 +23,14 @@ class Home:
     def make(self, name: str, like: Tensor) -> Tensor:
         """Return zeros of the shape and type of `like`, to be kept under a name."""
         del name
-        return host_empty(like.shape, like.dtype).zero_()
+        return host_empty(*like.shape, dtype=like.dtype).zero_()
 
     def before_write(self, name: str) -> None:
         """Get ready to write to what is kept under a name; to be called before."""
 
     def scratch(self, *shape: int) -> Tensor:
-        """Return fp32 zeros that nobody keeps."""
-        return host_empty(shape).zero_()
-
-    def vector(self, size: int) -> Tensor:
-        """Return so many fp32 numbers of any value, to be filled."""
-        return empty_vector(size)
+        """Return fp32 numbers of any value, to be filled, that nobody keeps."""
+        return host_empty(*shape)
 
     def take(self, name: str, value: Tensor, source: Path | None = None) -> Tensor:
         """Keep a value of a checkpoint under a name; it may be kept in that checkpoint's folder."""
@@ -86,12 +81,8 @@ class SlabHome(Home):
         self._slabs[name].before_write()
 
     def scratch(self, *shape: int) -> Tensor:
-        """Return mapped zeros in a file without a name."""
+        """Return mapped numbers in a file without a name."""
         return scratch(self.folder, torch.Size(shape))
-
-    def vector(self, size: int) -> Tensor:
-        """Return a mapped vector in a file without a name."""
-        return self.scratch(size)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every file by the name of what it keeps."""

@@ -49,7 +49,7 @@ def parted_like(tensor: Tensor, value: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         is_host = tensor.device.type == "cpu"
         fresh = (
-            host_empty(value.shape, value.dtype)
+            host_empty(*value.shape, dtype=value.dtype)
             if is_host
             else torch.empty(value.shape, dtype=value.dtype, device=tensor.device)
         )

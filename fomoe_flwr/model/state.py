@@ -209,11 +209,6 @@ def load_state(model: nn.Module, state: State) -> None:
         fill(target, state[key])
 
 
-def empty_vector(size: int) -> Tensor:
-    """Return `size` fp32 numbers of any value in host memory."""
-    return host_empty((size,))
-
-
 def _packed(parts: Sequence[tuple[Tensor, Sequence[int] | None]], empty: Empty | None) -> Tensor:
     """Copy tensors, or some rows of them, one behind the other into one vector."""
     shapes = [
@@ -221,7 +216,7 @@ def _packed(parts: Sequence[tuple[Tensor, Sequence[int] | None]], empty: Empty |
         for tensor, rows in parts
     ]
     sizes = [shape.numel() for shape in shapes]
-    vector = (empty or empty_vector)(sum(sizes))
+    vector = (empty or host_empty)(sum(sizes))
     pieces = vector.split(sizes) if sizes else ()
     for piece, shape, (tensor, rows) in zip(pieces, shapes, parts, strict=True):
         target, source = piece.view(shape), tensor.detach()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fomoe_flwr.model.device_copy import copy
+from fomoe_flwr.model.device_copy import copy, host_empty
 from fomoe_flwr.model.residency import Residents
-from fomoe_flwr.model.state import State, StateSpec, empty_vector
+from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.worker.error_feedback import Vectors
 
 
@@ -25,8 +25,8 @@ def gather(part: StateSpec, state: State) -> Vectors:
 
 def difference(part: StateSpec, received: State, trained: State, residents: Residents) -> Vectors:
     """Return received minus trained weights."""
-    shared = empty_vector(part.shared_size)
-    experts = empty_vector(part.experts_size(residents))
+    shared = host_empty(part.shared_size)
+    experts = host_empty(part.experts_size(residents))
     pieces = part.split_shared(shared) | part.split_experts(experts, residents)
     for entry in (*part.shared, *part.expert):
         _subtract(pieces[entry.key], entry.of(received), entry.of(trained))

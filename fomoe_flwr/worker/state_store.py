@@ -159,7 +159,7 @@ def _placed(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
 def _on_host(value: Tensor) -> Tensor:
     if not value.is_cuda:
         return value
-    host = host_empty(value.shape, value.dtype)
+    host = host_empty(*value.shape, dtype=value.dtype)
     copy(host, value.contiguous())
     return host
 

@@ -33,7 +33,7 @@ def pinning(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_host_memory_has_the_shape_and_type_asked_for(
     dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    made = host_empty(shape, dtype).zero_()
+    made = host_empty(*shape, dtype=dtype).zero_()
     assert made.shape == shape
     assert made.dtype is dtype
     assert made.is_contiguous()
@@ -43,7 +43,7 @@ def test_host_memory_has_the_shape_and_type_asked_for(
 def test_a_machine_without_a_gpu_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pin_host_memory()
-    assert not host_empty((2**20,)).is_pinned()
+    assert not host_empty(2**20).is_pinned()
 
 
 def test_a_process_that_spares_memory_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +66,10 @@ def test_what_goes_up_and_down_is_what_was_sent(
     size: int, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     first, second = dtypes
-    given = host_empty((size,), first).copy_(torch.randn(size))
+    given = host_empty(size, dtype=first).copy_(torch.randn(size))
     there = torch.empty(size, dtype=second, device="cuda")
     copy(there, given)
     assert torch.equal(there.cpu(), given.to(second))
-    back = host_empty((size,), first)
+    back = host_empty(size, dtype=first)
     copy(back, there)
     assert torch.equal(back, given.to(second).to(first))

@@ -1,0 +1,79 @@
+"""The intake of a round: its replies, checked and folded one by one as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from functools import partial
+from logging import WARNING
+
+from flwr.app import Message
+from flwr.common.logger import log
+
+from fomoe_flwr.aggregation.round_means import RoundMeans
+from fomoe_flwr.errors import one_line
+from fomoe_flwr.federation.beside import Beside
+from fomoe_flwr.federation.replies import ReplyReader
+from fomoe_flwr.federation.round_record import RoundRecord
+from fomoe_flwr.federation.waiting import Waiting
+from fomoe_flwr.federation.wire import WireError
+from fomoe_flwr.model.homes import MEMORY
+from fomoe_flwr.worker.heap import release_heap
+
+
+class Intake:
+    """Takes the replies of one round into its means and notes them in its record."""
+
+    def __init__(
+        self, reader: ReplyReader, waiting: Waiting, record: RoundRecord, means: RoundMeans
+    ) -> None:
+        self._reader, self._waiting, self._record, self._means = reader, waiting, record, means
+
+    def take_all(self, replies: Iterable[Message], beside: Beside) -> None:
+        """Fold every reply that can be used; note for all other workers why theirs is left out.
+
+        A reply is folded `beside` the next worker's steps. The order is that of the replies.
+        """
+        started, record = time.monotonic(), self._record
+        for message in replies:
+            self._wait(beside)
+            worker = self._waiting.sent.get(message.metadata.reply_to_message_id, -1)
+            if worker in record.replies or worker < 0:
+                continue
+            taken = [message]
+            del message
+            at = time.monotonic()
+            beside.do(partial(self._take, taken, worker))
+            record.fold_seconds += time.monotonic() - at
+        self._wait(beside)
+        for worker in range(record.layout.num_workers):
+            if worker not in record.replies:
+                record.failures.setdefault(worker, "no reply before the round's deadline")
+        for worker, reason in sorted(record.failures.items()):
+            log(WARNING, "round %s: worker %s left out: %s", record.server_round, worker, reason)
+        record.train_seconds = time.monotonic() - started - record.send_seconds
+
+    def _wait(self, beside: Beside) -> None:
+        at = time.monotonic()
+        beside.wait()
+        self._record.fold_seconds += time.monotonic() - at
+
+    def _take(self, taken: list[Message], worker: int) -> None:
+        """Fold the one reply of a list, and drop it."""
+        try:
+            self._fold(taken.pop(), worker)
+        except WireError as error:
+            self._record.failures[worker] = one_line(error)
+        if self._means.home is not MEMORY:
+            release_heap()  # Flower's threads leave the chunks of a reply in heaps of theirs.
+
+    def _fold(self, message: Message, worker: int) -> None:
+        """Check a whole reply, then fold it. Raises WireError before anything is changed."""
+        record = self._record
+        if message.has_content():
+            record.up.add(message.content)
+        reply = self._reader.read(message, worker, record.server_round, record.layout, self._means)
+        if self._means.fold(reply):
+            record.clipped.add(worker)
+            log(WARNING, "round %s: worker %s is too large and scaled", record.server_round, worker)
+        record.take(worker, reply)
