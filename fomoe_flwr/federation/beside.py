@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, cast
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -21,7 +23,7 @@ class Beside:
     """
 
     def __init__(self, is_on: bool) -> None:
-        self._pool = ThreadPoolExecutor(1) if is_on else None
+        self._pool = _thread() if is_on else None
         self._last: Future[object] | None = None
 
     def __enter__(self) -> Beside:
@@ -52,9 +54,15 @@ def one_ahead(items: Iterable[T], is_on: bool) -> Iterator[T]:
         yield from items
         return
     iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as pool:
+    with _thread() as pool:
         coming = pool.submit(next, iterator, end)
         while (item := coming.result()) is not end:
             coming = pool.submit(next, iterator, end)
             yield cast(T, item)
             del item  # It is the caller's alone.
+
+
+def _thread() -> ThreadPoolExecutor:
+    # A new thread would take the number that any thread of this process has set last.
+    count = torch.get_num_threads()
+    return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(count,))
