@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.codecs.errors import CodecError
-from fomoe_flwr.codecs.slabs import blank, is_finite, slab_is_finite, spread
+from fomoe_flwr.codecs.slabs import blank, is_finite, spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +49,7 @@ def decode_floats(data: Data, name: str, empty: Empty = blank) -> Tensor:
 
     def read(parts: Iterator[slice]) -> None:
         for part in parts:
-            check(slab_is_finite(vector[part].copy_(numbers[part])))
+            check(is_finite(vector[part].copy_(numbers[part])))
 
     spread(vector, read)
     return vector

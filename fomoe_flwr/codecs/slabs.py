@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import isfinite
 
 import numpy as np
 import torch
@@ -59,16 +60,11 @@ def spread(vector: Tensor, work: Callable[[Iterator[slice]], None]) -> None:
 
 def is_finite(vector: Tensor) -> bool:
     """Tell whether a flat vector holds neither NaN nor infinity; needs no memory of its size."""
-    # Torch's own threads share a slab that stays in their caches. Threads of Python's would spend
-    # their time on handing the interpreter to each other: the two calls are short.
-    size = SLAB * torch.get_num_threads() if vector.device.type == "cpu" else _DEVICE_SLAB
-    return all(slab_is_finite(vector[part]) for part in slabs(vector.numel(), size))
-
-
-def slab_is_finite(part: Tensor) -> bool:
-    """Tell whether a slab holds neither NaN nor infinity."""
-    # Both are NaN where anything is. Two plain passes are faster than `aminmax`.
-    return not part.numel() or -torch.inf < float(part.amin()) <= float(part.amax()) < torch.inf
+    # Either makes a sum infinite or NaN. So can large numbers: only then a closer look is needed.
+    return isfinite(float(vector.sum())) or all(
+        not part.numel() or -torch.inf < float(part.amin()) <= float(part.amax()) < torch.inf
+        for part in (vector[piece] for piece in slabs(vector.numel()))
+    )
 
 
 def squared_norm(vector: Tensor) -> float:

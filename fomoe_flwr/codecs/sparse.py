@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from fomoe_flwr.codecs.errors import CodecError
 from fomoe_flwr.codecs.floats import Data, Empty, check, from_bytes, to_bytes
 from fomoe_flwr.codecs.sizes import CHUNK, Codec
-from fomoe_flwr.codecs.slabs import blank, slab_is_finite, spread
+from fomoe_flwr.codecs.slabs import blank, is_finite, spread
 
 _ROWS = 8
 """Rows of a chunk when its largest numbers are looked for."""
@@ -73,7 +73,7 @@ def decode_sparse(data: Data, codec: Codec, size: int, empty: Empty = blank) -> 
     else:
         levels = torch.empty(0)
         codes = from_bytes(data[end:], torch.bfloat16)
-        check(slab_is_finite(codes))
+        check(is_finite(codes))
     vector = empty(size)
 
     def read(parts: Iterator[slice]) -> None:

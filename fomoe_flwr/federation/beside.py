@@ -63,6 +63,6 @@ def one_ahead(items: Iterable[T], is_on: bool) -> Iterator[T]:
 
 
 def _thread() -> ThreadPoolExecutor:
-    # A new thread would take the number that any thread of this process has set last.
-    count = torch.get_num_threads()
+    # Half of the cores move memory as fast as all, and the caller needs some as well.
+    count = max(1, torch.get_num_threads() // 2)
     return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(count,))

@@ -148,7 +148,7 @@ class RoutingLog:
                 continue
             # A selection bias has one number an expert, and no second axis.
             rows = state[entry.key].reshape(self.spec.num_experts, -1)
-            squares[layer_of(entry.key)] += rows.square().sum(1).double()
+            squares[layer_of(entry.key)] += torch.linalg.vector_norm(rows, dim=1).double().square()
         drift = measure.expert_drift(record.disagreement, squares.sqrt(), record.copies)
         sent = {layer_of(entry.key) for entry in part.expert}
         return [value if i in sent else math.nan for i, value in enumerate(drift.tolist())]

@@ -48,6 +48,7 @@ def test_noise_of_a_key_is_what_its_holders_leave_of_it() -> None:
         num_experts=3,
     )
     mean = HolderMean(spec)
+    mean.rows["model.layers.0.mlp.experts.up"].zero_()
     for residents in (((0, 1),), ((0,),), ((0,),)):
         mean.fold(torch.zeros(size), torch.zeros(spec.experts_size(residents)), residents, 1.0)
     add_noise(mean, 6.0, NoiseSource(KEY))

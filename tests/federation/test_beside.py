@@ -78,7 +78,7 @@ def test_what_making_an_item_raises_reaches_the_caller(is_on: bool) -> None:
         next(taken)
 
 
-@pytest.mark.parametrize("outer", ["average", "nesterov", "des_loc"])
+@pytest.mark.parametrize("outer", ["average", "nesterov"])
 @pytest.mark.usefixtures("quick_workers")
 def test_a_run_beside_gives_the_same_bits(
     make_settings: Callable[..., Settings],
