@@ -1,11 +1,13 @@
 """The rounds of one process on one GPU, phase by phase, each beside what its bytes would need.
 
-`rounds.py gpu` runs this. A steady round is one that neither captures passes (the first) nor writes
-a checkpoint (the last); the last one's own figures are given too.
+`rounds.py gpu` runs this; `rounds.py gpus` runs a federation with a worker on each GPU of a host.
+A steady round is one that neither captures passes (the first) nor writes a checkpoint (the last);
+the last one's own figures are given too.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import statistics
 import subprocess
@@ -77,6 +79,49 @@ def rounds_on_gpu(
         "checkpoint_seconds": rows[-1]["round/checkpoint_seconds"],
         "losses": [row["eval/loss"] for row in rows],
         "process_seconds": time.perf_counter() - started,
+        "overrides": list(overrides),
+    }
+
+
+def rounds_over_gpus(
+    shape: str, gpus: int, rounds: int, overrides: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """Run a federation with TLS on this host, one warm worker on each GPU, and take it apart.
+
+    Without a GPU all workers are on the CPU, for trying this out.
+    """
+    run = folder / "run"
+    kind = "cuda:{}" if torch.cuda.is_available() else "cpu"
+    nodes = [f"--node=device={json.dumps(kind.format(index))}" for index in range(gpus)]
+    words = [*COMMON, *SHAPES[shape], f"layout.num_workers={gpus}", "layout.overlap=1"]
+    words += [f"rounds={rounds}", *overrides, f"output_dir={run}"]
+    command = [*FOMOE, "federation", "run", str(folder / "federation"), *nodes, *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    rows = RunDirectory(run).read_metrics()
+    steady = rows[1:-1] or rows
+    phases: dict[str, list[float]] = {}
+    for row in steady:
+        steps = row["round/slowest_worker_seconds"]
+        seconds = phases_of(row)
+        outside = {
+            "local steps": steps,
+            "workers besides": row["round/overhead_seconds"] / gpus,
+            "wait": seconds.pop("wait", 0.0) - steps - row["round/overhead_seconds"] / gpus,
+        }
+        for phase, value in (outside | seconds).items():
+            phases.setdefault(phase, []).append(value)
+    medians = {phase: statistics.median(values) for phase, values in phases.items()}
+    total = statistics.median(row["round/seconds"] for row in steady)
+    return {
+        "shape": shape,
+        "gpus": gpus,
+        "device": kind,
+        "rounds": rounds,
+        "round_seconds": total,
+        "local_share": medians["local steps"] / total,
+        "phases": medians,
+        "bytes_per_round": rows[-1]["comm/bytes_up"] + rows[-1]["comm/bytes_down"],
+        "losses": [row["eval/loss"] for row in rows],
         "overrides": list(overrides),
     }
 

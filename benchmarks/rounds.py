@@ -4,6 +4,7 @@
     python benchmarks/rounds.py deployment --nodes 2
     python benchmarks/rounds.py simulation deployment --json benchmarks/results/rounds.json
     python benchmarks/rounds.py gpu --shape olmoe-1b4 --override local.steps=64
+    python benchmarks/rounds.py gpus --shape olmoe-1b4 --nodes 2 --override local.steps=64
 
 Simulation runs the demo through `flwr run` and takes its rounds apart. Deployment starts a
 SuperLink and SuperNodes on the loopback interface and times three kinds of rounds: empty ones
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from gpu_rounds import SHAPES, rounds_on_gpu
+from gpu_rounds import SHAPES, rounds_on_gpu, rounds_over_gpus
 from measurement import FOMOE, parser_of, save
 
 from fomoe_flwr import report
@@ -217,10 +218,10 @@ def show(title: str, figures: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("what", nargs="+", choices=("simulation", "deployment", "gpu"))
+    parser.add_argument("what", nargs="+", choices=("simulation", "deployment", "gpu", "gpus"))
     parser.add_argument("--shape", choices=SHAPES, default="olmoe-1b4", help="of the gpu's model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--nodes", type=int, default=2, help="of the deployment")
+    parser.add_argument("--nodes", type=int, default=2, help="of the deployment, or GPUs")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--keep", type=Path, default=None, help="folder for what the runs leave")
     options = parser.parse_args()
@@ -236,6 +237,10 @@ def main() -> None:
         if "gpu" in options.what:
             found["gpu"] = rounds_on_gpu(
                 options.shape, options.rounds, options.override, folder / "gpu"
+            )
+        if "gpus" in options.what:
+            found["gpus"] = rounds_over_gpus(
+                options.shape, options.nodes, options.rounds, options.override, folder / "gpus"
             )
     for title, figures in found.items():
         show(title, figures)
