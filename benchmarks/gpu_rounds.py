@@ -7,7 +7,6 @@ the last one's own figures are given too.
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import subprocess
@@ -88,14 +87,20 @@ def rounds_over_gpus(
 ) -> dict[str, Any]:
     """Run a federation with TLS on this host, one warm worker on each GPU, and take it apart.
 
-    Without a GPU all workers are on the CPU, for trying this out.
+    The federation deals the GPUs out. Without any, all workers are on the CPU, to try this out.
     """
     run = folder / "run"
-    kind = "cuda:{}" if torch.cuda.is_available() else "cpu"
-    nodes = [f"--node=device={json.dumps(kind.format(index))}" for index in range(gpus)]
     words = [*COMMON, *SHAPES[shape], f"layout.num_workers={gpus}", "layout.overlap=1"]
     words += [f"rounds={rounds}", *overrides, f"output_dir={run}"]
-    command = [*FOMOE, "federation", "run", str(folder / "federation"), *nodes, *words]
+    command = [
+        *FOMOE,
+        "federation",
+        "run",
+        str(folder / "federation"),
+        "--nodes",
+        str(gpus),
+        *words,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = RunDirectory(run).read_metrics()
     steady = rows[1:-1] or rows
@@ -115,7 +120,7 @@ def rounds_over_gpus(
     return {
         "shape": shape,
         "gpus": gpus,
-        "device": kind,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "rounds": rounds,
         "round_seconds": total,
         "local_share": medians["local steps"] / total,

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from fomoe_flwr.federation.deployment.credentials import (
     make_secret,
     make_server_certificate,
 )
+from fomoe_flwr.federation.deployment.gpus import gpus_of_machine, share_of_node
 from fomoe_flwr.federation.deployment.guardian import Guardian
 from fomoe_flwr.federation.deployment.process_family import (
     ProcessError,
@@ -77,6 +78,8 @@ class Daemon:
     log: Path
     pauses: Sequence[float]
     """Seconds to wait before the first, second, ... restart in a row; the last for all others."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """What its environment has besides the federation's."""
     process: subprocess.Popen[bytes] | None = None
     failures: int = 0
     due: float = 0.0
@@ -144,9 +147,11 @@ class Loopback:
             self._wait(self.address, link)
             self._register()
             self._start(self._daemon(_EXEC, self._exec_command(), (1.0, 2.0, 5.0)))
-            for index, node in enumerate(self._state["nodes"]):
+            nodes, gpus = self._state["nodes"], gpus_of_machine()
+            for index, node in enumerate(nodes):
                 # A node that was killed is refused until the SuperLink has noticed: up to a minute.
                 daemon = self._daemon(node["name"], self._node_command(index), (2.0, 5.0, 10.0))
+                daemon.variables = share_of_node(gpus, index, len(nodes))
                 self._start(daemon)
             self._wait_for_nodes()
         except BaseException:
@@ -313,7 +318,8 @@ class Loopback:
         return self._daemons[name]
 
     def _start(self, daemon: Daemon) -> None:
-        daemon.process = start(daemon.command, self.variables, self.folder, daemon.log)
+        variables = {**self.variables, **daemon.variables}
+        daemon.process = start(daemon.command, variables, self.folder, daemon.log)
         daemon.started, daemon.due = time.monotonic(), 0.0
         pids = {d.name: d.process.pid for d in self._daemons.values() if d.process is not None}
         save_json({"keeper": os.getpid(), **pids}, self.folder / "pids.json")
