@@ -97,8 +97,9 @@ def rounds_over_gpus(
         "federation",
         "run",
         str(folder / "federation"),
-        "--nodes",
-        str(gpus),
+        *("--nodes", str(gpus)),
+        # Messages of gigabytes keep a database busy for seconds (docs/wire.md).
+        *("--superlink-state", "memory"),
         *words,
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -90,6 +90,13 @@ def _add_nodes(parser: argparse.ArgumentParser) -> None:
         help="what a node says of itself, first one first, e.g. "
         '\'data-path="/data/a" capacity-gib=0.5 device="cpu"\'',
     )
+    parser.add_argument(
+        "--superlink-state",
+        choices=("disk", "memory"),
+        default="disk",
+        help="where the SuperLink keeps messages and runs: `memory` is faster for large models, "
+        "but a run does not outlive the SuperLink; default: %(default)s",
+    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +115,8 @@ def _loopback(options: argparse.Namespace) -> Loopback:
     from fomoe_flwr.federation.deployment.loopback import Loopback
 
     count = max(options.nodes, len(options.node))
-    federation = Loopback(options.folder, [*options.node, *[""] * (count - len(options.node))])
+    words = [*options.node, *[""] * (count - len(options.node))]
+    federation = Loopback(options.folder, words, options.superlink_state == "memory")
     federation.check()
     return federation
 
@@ -133,6 +141,7 @@ def _detach(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "fomoe_flwr.cli", "federation", "up", str(folder)]
     command += ["--nodes", str(options.nodes), *(f"--node={words}" for words in options.node)]
+    command += ["--superlink-state", options.superlink_state]
     log = folder / "keeper.log"
     with log.open("wb") as sink:
         keeper = subprocess.Popen(

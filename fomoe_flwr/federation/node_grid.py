@@ -14,7 +14,10 @@ from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
+
+from fomoe_flwr.errors import RunError
 
 _HEARTBEATS = 2
 """Heartbeats that Flower lets a node miss before it counts as out of touch."""
@@ -23,6 +26,8 @@ _MARGIN_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
 _PULL_SECONDS = 1.0
 """How long a first attempt to pull a reply is waited for; then it goes on in the background."""
+_PUSH_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)
+"""Seconds before each further attempt to push messages that the SuperLink did not store whole."""
 
 
 class NodeGrid(Grid):
@@ -102,9 +107,9 @@ class PatientGrid(NodeGrid):
         return message_id in self._pulls
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push messages; note to which node each one goes."""
+        """Push messages; note to which node each one goes. Raises RunError if it stays in vain."""
         messages = list(messages)
-        ids = list(self._grid.push_messages(messages))
+        ids = self._push(messages)
         for message_id, message in zip(ids, messages, strict=False):
             self._node_of[message_id] = message.metadata.dst_node_id
         return ids
@@ -141,6 +146,23 @@ class PatientGrid(NodeGrid):
             replies += arrived
             time.sleep(0 if arrived else _LOOK_SECONDS)
         return replies
+
+    def _push(self, messages: list[Message]) -> list[str]:
+        """Push messages, again if an object was refused; only what is missing travels again.
+
+        A SuperLink with a database refuses one when nodes keep the database busy for five seconds.
+        """
+        for pause in (*_PUSH_PAUSES, None):
+            try:
+                return list(self._grid.push_messages(messages))
+            except ObjectPushError as error:
+                refusal = error
+            if pause is not None:
+                time.sleep(pause)
+        raise RunError(
+            f"the SuperLink did not store a message in {len(_PUSH_PAUSES) + 1} attempts; its log "
+            f"says why, most often a full disk: {refusal}"
+        )
 
     def _is_in_touch(self, message_id: str) -> bool:
         """Whether Flower would not take the node of this message for lost, now or in a moment."""

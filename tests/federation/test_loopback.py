@@ -193,3 +193,32 @@ def test_a_keeper_starts_again_what_ends_and_down_ends_all(tmp_path: Path) -> No
     assert end_federation(tmp_path) > 0
     assert family(tmp_path) == []
     assert not Path(f"/proc/{before['keeper']}").exists()
+
+
+def test_without_a_database_nodes_are_let_in_again_after_the_superlink(tmp_path: Path) -> None:
+    made, stop = Loopback(tmp_path, [""], state_in_memory=True), threading.Event()
+    made.up()
+    keeper = threading.Thread(target=made.keep, args=[stop])
+    keeper.start()
+    try:
+        before = made.pids()
+        os.kill(before["superlink"], signal.SIGKILL)
+        words = ["preset=tiny", "layout.num_workers=1", "layout.overlap=1", "rounds=1"]
+        deadline = time.monotonic() + 60
+        while made.pids()["superlink"] == before["superlink"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        run = tmp_path / "run"
+        command = ["federation", "submit", str(tmp_path), *words, f"output_dir={run}"]
+        assert main(command) == 0
+        assert RunDirectory(run).read_summary()["status"] == "completed"
+    finally:
+        stop.set()
+        keeper.join()
+        made.end()
+    assert not (tmp_path / "link.db").exists()
+    # The same folder with a database: its nodes are made known to that, too.
+    again = Loopback(tmp_path)
+    again.up()
+    again.end()
+    assert (tmp_path / "link.db").exists()

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from federated import Federation, use_made_up_data, use_no_training
 from flower_grid import FIRST_NODE, FlowerGrid
+from flwr.app import Message
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from micro import micro
 
+from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation import node_grid, waiting
 
 BAD = 1
@@ -194,3 +197,37 @@ def test_an_error_of_the_grid_ends_the_run(tmp_path: Path) -> None:
     grid.on_task = lambda node, number: setattr(grid, "pull_messages", broken)
     with pytest.raises(ConnectionError, match="no SuperLink"):
         run.run()
+
+
+@pytest.mark.parametrize("refusals", [1, len(node_grid._PUSH_PAUSES)])
+def test_a_superlink_too_busy_to_store_a_task_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    made, grid = federation(tmp_path)
+    refuse(grid, refusals, monkeypatch)
+    run = made.run()
+    assert [sorted(s.record.replies) for s in run.rounds] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_superlink_that_stores_nothing_ends_the_run_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, grid = federation(tmp_path)
+    refuse(grid, 1000, monkeypatch)
+    with pytest.raises(RunError, match="did not store a message in 6 attempts") as caught:
+        made.run()
+    assert "\n" not in str(caught.value)
+
+
+def refuse(grid: FlowerGrid, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the grid fail to store objects of messages, as a SuperLink with a busy database does."""
+    left, store = [times], grid.push_messages
+
+    def push(messages: list[Message]) -> list[str]:
+        if left[0]:
+            left[0] -= 1
+            raise ObjectPushError("an object", 1, "a session")
+        return list(store(messages))
+
+    monkeypatch.setattr(grid, "push_messages", push)
+    monkeypatch.setattr(node_grid, "_PUSH_PAUSES", (0.0,) * len(node_grid._PUSH_PAUSES))

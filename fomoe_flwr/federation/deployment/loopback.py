@@ -4,7 +4,7 @@ It differs from a federation of several hosts (docs/deploy.md) only in its addre
 authority of its own, SuperNodes that prove themselves with registered keys, process isolation, and
 a database, so that a run survives a restart of the SuperLink. A keeper starts all processes,
 restarts those that end, and ends all of them when it ends itself. If it is killed, its guardian
-ends them.
+ends them. `state_in_memory` gives up the database for speed: a run then ends with the SuperLink.
 
     credentials/      see `credentials`        federation.json  ports, nodes, registered node ids
     flower/           Flower's own folder      pids.json        {process: pid}, of the keeper too
@@ -44,6 +44,7 @@ from fomoe_flwr.federation.deployment.process_family import (
     family,
     free_port,
     send,
+    shorten,
     start,
     take_colours_out,
     tool,
@@ -61,7 +62,6 @@ _START_SECONDS = 60.0
 _ADMISSION_SECONDS = 120.0
 """How long nodes may take until they are let in."""
 _LOOK_SECONDS = 0.5
-_LOG_BYTES = 8 * 2**20
 _LINK, _EXEC = "superlink", "superexec"
 
 
@@ -105,6 +105,8 @@ class Loopback:
 
     folder: Path
     nodes: Sequence[str] = ()
+    state_in_memory: bool = False
+    """Whether the SuperLink keeps its state in memory: faster, but a run ends with it."""
     _state: dict[str, Any] = field(default_factory=dict)
     _daemons: dict[str, Daemon] = field(default_factory=dict)
     _guardian: Guardian | None = None
@@ -243,7 +245,7 @@ class Loopback:
     def _register(self) -> None:
         """Tell the SuperLink the public keys that it does not know yet."""
         for node in self._state["nodes"]:
-            if "id" in node:
+            if "id" in node and not self.state_in_memory:
                 continue
             done = subprocess.run(
                 [
@@ -262,8 +264,9 @@ class Loopback:
                 raise RunError(
                     f"the SuperLink did not register {node['name']}: {done.stdout}{done.stderr}"
                 )
-            node["id"] = str(answer["node-id"])
-            self._save()
+            if not self.state_in_memory:
+                node["id"] = str(answer["node-id"])
+                self._save()
 
     def _save(self) -> None:
         save_json(self._state, self.folder / "federation.json")
@@ -274,7 +277,7 @@ class Loopback:
             *self._certificates(),
             *("--enable-supernode-auth", "--isolation", "process"),
             *("--superexec-auth-secret-file", str(self.credentials / "superexec.secret")),
-            *("--database", str(self.folder / "link.db")),
+            *(() if self.state_in_memory else ("--database", str(self.folder / "link.db"))),
             "--disable-runtime-dependency-installation",
             *("--host", _HOST, "--port", str(self._state["port"])),
         ]
@@ -330,7 +333,7 @@ class Loopback:
         wait_until_healthy(address, authority, lambda: daemon.is_alive, daemon.log, _START_SECONDS)
 
     def _look_after(self, daemon: Daemon) -> None:
-        _shorten(daemon.log)
+        shorten(daemon.log)
         if daemon.is_alive:
             return
         if not daemon.due:
@@ -346,6 +349,9 @@ class Loopback:
             )
         elif time.monotonic() >= daemon.due:
             self._start(daemon)
+            if daemon.name == _LINK and self.state_in_memory:
+                self._wait(self.address, daemon)
+                self._register()
 
     def _note(self, process: str, event: str, **more: object) -> None:
         stamp = {"time": time.time(), "process": process, "event": event}
@@ -369,15 +375,6 @@ def end_federation(folder: Path) -> int:
     ended += end_family(folder)
     (folder / "pids.json").unlink(missing_ok=True)
     return ended
-
-
-def _shorten(log: Path) -> None:
-    """Move the content of a long log to `.1` while its process goes on writing."""
-    if log.stat().st_size < _LOG_BYTES:
-        return
-    # The process has the file open: it is copied and emptied, not renamed.
-    log.with_suffix(".log.1").write_bytes(log.read_bytes())
-    os.truncate(log, 0)
 
 
 def _json_in(text: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ MARK = "FOMOE_FAMILY"
 """Environment variable that tells to which family a process belongs."""
 
 _END_SECONDS = 8.0
+_LOG_BYTES = 8 * 2**20
 
 
 class ProcessError(RunError):
@@ -93,6 +94,15 @@ def take_colours_out(log: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         text = log.read_text(encoding="utf-8", errors="replace")
         save_text(without_colours(text), log)
+
+
+def shorten(log: Path) -> None:
+    """Move the content of a long log to `.1` while its process goes on writing."""
+    if log.stat().st_size < _LOG_BYTES:
+        return
+    # The process has the file open: it is copied and emptied, not renamed.
+    log.with_suffix(".log.1").write_bytes(log.read_bytes())
+    os.truncate(log, 0)
 
 
 def wait_until_healthy(
