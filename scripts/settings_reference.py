@@ -89,7 +89,8 @@ def _docstrings(kind: type) -> dict[str, str]:
 def _allowed(item: Field[Any], value: Any) -> str:
     if options := item.metadata.get("options"):
         return ", ".join(_written(option) for option in options)
-    kind = {bool: "true, false", int: "integer", float: "number", str: "text", list: "list"}
+    kind = {bool: "true, false", int: "integer", float: "number", str: "text"}
+    kind |= {list: "list", dict: "mapping"}
     bounds = item.metadata.get("bounds")
     # Annotations are strings; a default such as `1` may be that of a float.
     name = "number" if item.type == "float" else kind[type(value)]

@@ -16,7 +16,7 @@ from fomoe_flwr.codecs.slabs import SLAB, slabs
 from fomoe_flwr.model.homes import MEMORY, Home
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, StateSpec
-from fomoe_flwr.parameters.keys import is_router_key, layer_of
+from fomoe_flwr.parameters.keys import is_router_key
 
 
 class HolderMean:
@@ -33,7 +33,12 @@ class HolderMean:
         self.shared_weight = 0.0
         self.shared_count = 0
         self._routers = tuple(
-            entry for entry in spec.shared if router_rows == "holders" and is_router_key(entry.key)
+            entry
+            for entry in spec.shared
+            if router_rows == "holders"
+            and is_router_key(entry.key)
+            # Some routers have more than rows of experts: all average those.
+            and entry.shape[:1] == (spec.num_experts,)
         )
         self.rows = {entry.key: home.scratch(*entry.shape) for entry in self.row_entries}
         """Means of the keys that are averaged expert by expert, `[num_experts, ...]`."""
@@ -94,7 +99,7 @@ class HolderMean:
             total = self.expert_weight[layer, experts_of_layer]
             shares[layer, experts_of_layer] = added / total.masked_fill(total == 0, 1)
         for entry in self.row_entries:
-            layer = layer_of(entry.key)
+            layer = self.spec.layer_of(entry.key)
             mean, is_expert = self.rows[entry.key], entry.layer is not None
             if is_expert and bool((shares[layer, list(residents[layer])] == 1).all()):
                 _take_first(mean, pieces[entry.key], residents[layer])
@@ -122,7 +127,7 @@ class HolderMean:
 
     def missing_experts(self) -> Sequence[tuple[int, int]]:
         """List the (layer, expert) pairs of this spec that nobody returned."""
-        layers = sorted({layer_of(entry.key) for entry in self.spec.expert})
+        layers = sorted({self.spec.layer_of(entry.key) for entry in self.spec.expert})
         return [
             (layer, int(expert))
             for layer in layers

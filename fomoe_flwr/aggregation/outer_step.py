@@ -21,7 +21,6 @@ from fomoe_flwr.config import OuterSettings
 from fomoe_flwr.model.homes import MEMORY, WEIGHTS, Home
 from fomoe_flwr.model.state import Entry, State
 from fomoe_flwr.parameters.fragments import MOMENTS
-from fomoe_flwr.parameters.keys import layer_of
 
 
 class OuterStep:
@@ -116,7 +115,7 @@ def _means(mean: HolderMean) -> Iterator[tuple[Entry, Tensor | None, Tensor]]:
         if entry.key in shared:
             yield entry, None, shared[entry.key]
     for entry in mean.row_entries:
-        rows = mean.returned(layer_of(entry.key))
+        rows = mean.returned(mean.spec.layer_of(entry.key))
         if len(rows):
             yield entry, rows, mean.rows[entry.key]
 
@@ -128,4 +127,4 @@ def _flat(tensor: Tensor, row: int, rows: Tensor | None) -> Tensor:
 def _sqrt_replies(mean: HolderMean, entry: Entry, row: int, rows: Tensor | None) -> float:
     if rows is None:
         return math.sqrt(mean.shared_count)
-    return math.sqrt(mean.expert_count[layer_of(entry.key), row])
+    return math.sqrt(mean.expert_count[mean.spec.layer_of(entry.key), row])

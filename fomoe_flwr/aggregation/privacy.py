@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fomoe_flwr.aggregation.holder_mean import HolderMean
 from fomoe_flwr.codecs.slabs import slabs, squared_norm
-from fomoe_flwr.parameters.keys import layer_of
 
 
 def clip(shared: Tensor, experts: Tensor, norm: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +62,7 @@ def add_noise(mean: HolderMean, std: float, source: NoiseSource) -> None:
     if mean.shared_count:
         _add(mean.shared, std / mean.shared_count, source)
     for entry in mean.row_entries:
-        counts = mean.expert_count[layer_of(entry.key)].tolist()
+        counts = mean.expert_count[mean.spec.layer_of(entry.key)].tolist()
         for row, count in zip(mean.rows[entry.key], counts, strict=True):
             if count:
                 _add(row.view(-1), std / count, source)

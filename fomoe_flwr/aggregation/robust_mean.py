@@ -24,7 +24,6 @@ from fomoe_flwr.codecs.slabs import slabs
 from fomoe_flwr.model.homes import MEMORY, Home
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import StateSpec
-from fomoe_flwr.parameters.keys import layer_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class RobustMean(HolderMean):
         pieces = [self.spec.split_experts(r.experts, r.residents) for r in self._spooled]
         routers = [self.spec.split_shared(r.shared) for r in self._spooled]
         for entry in self.row_entries:
-            layer = layer_of(entry.key)
+            layer = self.spec.layer_of(entry.key)
             for expert in self.returned(layer).tolist():
                 copies = []
                 for reply, experts, shared in zip(self._spooled, pieces, routers, strict=True):

@@ -56,12 +56,13 @@ def _bench_step(options: argparse.Namespace) -> int:
             raise InputError(f"--{name} {getattr(options, name)} is out of range: it must be >= 1")
     from fomoe_flwr.config import load_settings
     from fomoe_flwr.files import check_file, save_json
+    from fomoe_flwr.model.source import settle
 
     if options.to is not None:
         # Now: what follows takes minutes.
         check_file(options.to, "--to", _START)
         options.to.parent.mkdir(parents=True, exist_ok=True)
-    settings = load_settings(options.overrides)
+    settings = load_settings(options.overrides, settle)
     import torch
 
     from fomoe_flwr import report

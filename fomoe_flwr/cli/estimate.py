@@ -36,8 +36,9 @@ def add_costs(commands: Any) -> None:
 def _costs(options: argparse.Namespace) -> int:
     from fomoe_flwr import costs
     from fomoe_flwr.config import expand_files, load_settings
+    from fomoe_flwr.model.source import settle
 
-    settings = load_settings(expand_files(options.overrides))
+    settings = load_settings(expand_files(options.overrides), settle)
     sheet = costs.lines(settings)
     if options.json:
         print(json.dumps({line.key: line.value for line in sheet}, indent=2))
@@ -96,15 +97,16 @@ def add_plan(commands: Any) -> None:
 def _plan(options: argparse.Namespace) -> int:
     from fomoe_flwr import plan
     from fomoe_flwr.config import expand_files, load_settings
+    from fomoe_flwr.model.source import settle
 
     bounds = plan.Bounds(
         options.max_local_steps, options.min_overlap, options.headroom, options.batch
     )
     given = expand_files(options.overrides)
-    made = plan.make_plan(load_settings(given), plan.read_sites(options.sites), bounds)
+    made = plan.make_plan(load_settings(given, settle), plan.read_sites(options.sites), bounds)
     overrides = plan.plan_overrides(made, given)
     # A plan that no run would take is none.
-    load_settings(overrides)
+    load_settings(overrides, settle)
     print(plan.plan_json(made, overrides) if options.json else plan.show_plan(made))
     if options.to is not None:
         _write_plan(options.to, made, overrides)

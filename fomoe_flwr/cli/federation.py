@@ -211,9 +211,10 @@ def _asked(options: argparse.Namespace) -> tuple[Settings, list[str]]:
 
 def _settings_of(words: list[str]) -> Settings:
     from fomoe_flwr.config import load_settings
+    from fomoe_flwr.model.source import settle
     from fomoe_flwr.run.directory import absolute
 
-    return absolute(load_settings([*words, "engine=flower"]))
+    return absolute(load_settings([*words, "engine=flower"], settle))
 
 
 def _train(

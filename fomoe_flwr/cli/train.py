@@ -62,10 +62,11 @@ def _run(options: argparse.Namespace) -> int:
 
     prefer_large_pages()
     from fomoe_flwr.config import expand_files, load_settings
+    from fomoe_flwr.model.source import settle
     from fomoe_flwr.run.directory import absolute
 
     overrides = expand_files(options.overrides)
-    settings = absolute(load_settings(overrides))
+    settings = absolute(load_settings(overrides, settle))
     # After the settings, so that wrong ones are refused without waiting for torch.
     from fomoe_flwr.run.phases import process_began
     from fomoe_flwr.run.preflight import preflight

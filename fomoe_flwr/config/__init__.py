@@ -5,14 +5,7 @@ to them. A wrong value is refused with the value, the allowed range and the key 
 no Flower.
 """
 
-from fomoe_flwr.config.checks import (
-    BIASED_FAMILIES,
-    LOCAL_STREAMS,
-    PATHS,
-    SHARED_EXPERT_FAMILIES,
-    SettingsError,
-    check,
-)
+from fomoe_flwr.config.checks import LOCAL_STREAMS, PATHS, SettingsError, check, did_you_mean
 from fomoe_flwr.config.compose import (
     RESUMABLE_KEYS,
     conf_dir,
@@ -26,6 +19,9 @@ from fomoe_flwr.config.compose import (
 )
 from fomoe_flwr.config.overrides import expand_files, parse_overrides, quoted, refuse_option
 from fomoe_flwr.config.schema import (
+    BIASED_FAMILIES,
+    SHAPED_FAMILIES,
+    SHARED_EXPERT_FAMILIES,
     BalanceSettings,
     CheckpointSettings,
     CostSettings,

@@ -8,19 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from fomoe_flwr.config.schema import ModelSettings, Settings
+from fomoe_flwr.config.schema import (
+    SHAPED_FAMILIES,
+    SHARED_EXPERT_FAMILIES,
+    ModelSettings,
+    Settings,
+)
 from fomoe_flwr.errors import InputError
 
 
 class SettingsError(InputError):
     """A setting that cannot be used; the message names value, allowed range and key."""
 
-
-SHARED_EXPERT_FAMILIES = ("deepseek_v3", "glm4_moe")
-"""Families of DeepSeek-V3's block: shared experts, sigmoid scores, group-limited routing."""
-
-BIASED_FAMILIES = ("deepseek_v3", "glm4_moe", "fomoe")
-"""Families whose router adds a bias of each expert to its score when it chooses."""
 
 PATHS = (("data", "path"), ("data", "tokenizer"), ("model", "pretrained"), ("layout", "path"))
 """Settings, by section, that name a file or folder of this machine."""
@@ -92,6 +91,18 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def _check_model(model: ModelSettings) -> None:
+    if model.top_k > model.num_experts:
+        raise SettingsError(
+            f"model.top_k={model.top_k} needs model.num_experts >= {model.top_k} "
+            f"(got {model.num_experts})"
+        )
+    if model.architecture:  # The class of the model has taken all of it.
+        return
+    if model.config or model.entries:
+        raise SettingsError(
+            f"model.config={model.config} with model.entries={model.entries} describes no model: "
+            "model.entries needs model.config, and both need transformers"
+        )
     if model.head_size % 2:
         raise SettingsError(
             f"model.head_size={model.head_size} must be even: rotary embeddings turn pairs"
@@ -105,17 +116,18 @@ def _check_model(model: ModelSettings) -> None:
         raise SettingsError(
             f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}"
         )
-    if model.top_k > model.num_experts:
-        raise SettingsError(
-            f"model.top_k={model.top_k} needs model.num_experts >= {model.top_k} "
-            f"(got {model.num_experts})"
-        )
     _check_family(model)
 
 
 def _check_family(model: ModelSettings) -> None:
     """Refuse what a family cannot express."""
     family = model.family
+    if family not in SHAPED_FAMILIES:
+        raise SettingsError(
+            f"model.family={family} is not one of {', '.join(SHAPED_FAMILIES)}"
+            f"{did_you_mean(family, SHAPED_FAMILIES)}; any other family of transformers comes by "
+            f"model.config={family}"
+        )
     if family in ("deepseek_v3", "fomoe") and model.num_kv_heads != model.num_heads:
         raise SettingsError(
             f"model.num_kv_heads={model.num_kv_heads} must equal model.num_heads="
@@ -205,10 +217,10 @@ def _check_outer(settings: Settings) -> None:
 
 
 def _check_balance(settings: Settings) -> None:
-    if settings.balance.bias_rate and settings.model.family not in BIASED_FAMILIES:
+    if settings.balance.bias_rate and not settings.model.has_selection_bias:
         raise SettingsError(
             f"balance.bias_rate={settings.balance.bias_rate} needs a router with a selection bias: "
-            f"model.family={settings.model.family} is not one of {', '.join(BIASED_FAMILIES)}"
+            f"the router of model.family={settings.model.family} has none"
         )
 
 

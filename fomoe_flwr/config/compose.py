@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -54,6 +54,8 @@ RESUMABLE_KEYS = (
 `data/inventory.py` sees to it that it is the same."""
 
 
+Settle = Callable[[Settings, set[str]], Settings]
+
 _MOST_NAMED = 20
 """Choices of a group that an error lists."""
 
@@ -67,9 +69,11 @@ def conf_dir() -> Path:
     raise SettingsError(f"no conf/config.yaml beside {package}: reinstall fomoe-flwr")
 
 
-def load_settings(overrides: Iterable[str] = ()) -> Settings:
+def load_settings(overrides: Iterable[str] = (), settle: Settle | None = None) -> Settings:
     """Compose `conf/` with Hydra overrides and return checked settings.
 
+    `settle` takes new settings and the names of those that were given one by one, and may complete
+    them before they are checked: `model.architecture` does, where a model is described elsewhere.
     Raises SettingsError, one line, for an unknown key, a wrong type, a value out of range or
     values that contradict each other. With `resume=RUN_DIR` the stored settings of that run are
     taken and only `RESUMABLE_KEYS` may be overridden.
@@ -79,7 +83,12 @@ def load_settings(overrides: Iterable[str] = ()) -> Settings:
     targets = [override.value() for override in parsed if override.key_or_group == "resume"]
     resume = OmegaConf.create({"resume": targets[-1] if targets else ""})
     check_paths(parsed)
-    settings = _stored(str(resume.resume), parsed) if resume.resume else _composed(parsed)
+    if resume.resume:
+        settings = _stored(str(resume.resume), parsed)
+    else:
+        settings = _composed(parsed)
+        if settle is not None:
+            settings = settle(settings, {override.key_or_group for override in parsed})
     check(settings)
     return settings
 

@@ -15,6 +15,15 @@ from fomoe_flwr.config.fields import choice, number
 from fomoe_flwr.config.literals import literal
 from fomoe_flwr.config.local_settings import ExecutionSettings, LocalSettings
 
+SHARED_EXPERT_FAMILIES = ("deepseek_v3", "glm4_moe")
+"""Families of DeepSeek-V3's block: shared experts, sigmoid scores, group-limited routing."""
+
+SHAPED_FAMILIES = ("olmoe", "qwen3_moe", "mixtral", *SHARED_EXPERT_FAMILIES, "fomoe")
+"""Families whose whole shape the fields of `model` name."""
+
+BIASED_FAMILIES = (*SHARED_EXPERT_FAMILIES, "fomoe")
+"""Those whose router has a selection bias."""
+
 
 class RoutingMode(StrEnum):
     """How a worker's router treats experts that the worker does not hold (paper section 3.2)."""
@@ -28,14 +37,20 @@ class RoutingMode(StrEnum):
 
 @dataclass
 class ModelSettings:
-    """Shape of the model; every family of `fomoe_flwr.model.families` takes the same names."""
+    """Shape of the model, with the same names for every family."""
 
     name: str = "olmoe-demo"
     """Name of the preset that gave the shape."""
-    family: str = choice(
-        "olmoe", "olmoe", "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "fomoe"
-    )
-    """Architecture, by its name in transformers; `fomoe` is the paper's own block."""
+    family: str = "olmoe"
+    """Architecture, by its name in transformers; `fomoe` is the paper's own block. Presets are of
+    `olmoe`, `qwen3_moe`, `mixtral`, `deepseek_v3`, `glm4_moe` or `fomoe`; `config` makes others."""
+    config: str = ""
+    """Any family of transformers, by its name there: a new model of its default shape, with the
+    fields that are given."""
+    entries: dict[str, Any] = field(default_factory=dict)
+    """More entries of that family's configuration, by their names in transformers."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """What the stock class says of a model of `config` or `pretrained`; nobody sets it."""
     routing: str = choice("skip_token", *(mode.value for mode in RoutingMode))
     """What a router does about ghosts: choose and skip them, or not see them."""
     num_layers: int = number(4, at_least=1)
@@ -49,7 +64,8 @@ class ModelSettings:
     """Width of an attention head; 0 means hidden_size / num_heads."""
     num_experts: int = number(16, at_least=1)
     num_shared_experts: int = number(0, at_least=0)
-    """Experts that every token passes and every worker holds; `deepseek_v3` and `glm4_moe` only."""
+    """Experts that every token passes and every worker holds; presets of `deepseek_v3` and
+    `glm4_moe` only."""
     top_k: int = number(2, at_least=1)
     """Experts that a router chooses for a token."""
     vocab_size: int = number(4096, at_least=260)
@@ -72,6 +88,11 @@ class ModelSettings:
     @property
     def routing_mode(self) -> RoutingMode:
         return RoutingMode(self.routing)
+
+    @property
+    def has_selection_bias(self) -> bool:
+        """Whether the router adds a bias of each expert to its score when it chooses."""
+        return bool(self.architecture.get("has_bias", self.family in BIASED_FAMILIES))
 
 
 @dataclass

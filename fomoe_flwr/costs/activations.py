@@ -13,7 +13,7 @@ from fomoe_flwr.config import ModelSettings, Settings
 from fomoe_flwr.config.execution import CHUNK_BYTES, is_compiled, is_loss_chunked
 from fomoe_flwr.costs.counts import parameter_counts
 from fomoe_flwr.costs.memory import WEIGHT_BYTES, memory_bytes
-from fomoe_flwr.parameters.shapes import head_size, latent_sizes
+from fomoe_flwr.parameters.shapes import head_size, latent_sizes, num_sparse_layers
 
 _FP32, _BF16 = 4, 2
 _ID = 2
@@ -114,7 +114,7 @@ def peak_bytes(model: ModelSettings, optimizer: str, num_parameters: int, step: 
     head = weight * model.vocab_size * model.hidden_size
     deepest = _layer_work(model, step)
     # In the first layer, the last that backward comes to, with all gradients but its experts'.
-    missing = (gradients - weight * parameter_counts(model).shared) / model.num_layers
+    missing = (gradients - weight * parameter_counts(model).shared) / num_sparse_layers(model)
     if step.checkpointed:  # its activations, computed again, are in `deepest`
         first = state - missing + deepest
     else:

@@ -23,6 +23,7 @@ from fomoe_flwr.costs.traffic import (
     ring_bytes,
 )
 from fomoe_flwr.layout import Layout, draw_layout
+from fomoe_flwr.parameters.shapes import num_sparse_layers
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Case:
     def layout(self) -> Layout:
         """The layout of the first round after warm-up."""
         settings = self.settings
-        shape = settings.model.num_layers, settings.model.num_experts
+        shape = num_sparse_layers(settings.model), settings.model.num_experts
         return draw_layout(settings.layout, *shape, settings.seed, 1, layout_context(settings))
 
     @cached_property

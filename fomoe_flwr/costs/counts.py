@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fomoe_flwr.config import ModelSettings, RoutingMode
+from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.layout import Layout
-from fomoe_flwr.parameters.keys import has_layer, is_expert_key
-from fomoe_flwr.parameters.shapes import one_layer_shapes
+from fomoe_flwr.parameters.keys import is_any_expert_key, is_expert_key, is_router_key
+from fomoe_flwr.parameters.shapes import layer_groups, num_sparse_layers
 
 
 @dataclass(frozen=True)
@@ -31,29 +30,23 @@ class ParameterCounts:
 
 def parameter_counts(model: ModelSettings) -> ParameterCounts:
     """Count a model's parameters; what is shared follows the routing mode."""
-    mode, copies = model.routing_mode, model.num_layers
-    total = expert = 0
-    shapes = one_layer_shapes(model)
-    for key, shape in shapes.items():
-        size = math.prod(shape) * (copies if has_layer(key) else 1)
-        total += size
-        expert += size if is_expert_key(key, mode) else 0
-    idle = copies * (model.num_experts - model.top_k) * expert_weights(shapes) // model.num_experts
+    total = expert = router = weights = 0
+    for group in layer_groups(model):
+        for key, shape in group.shapes.items():
+            size = group.copies * math.prod(shape)
+            total += size
+            expert += size if is_expert_key(key, model.routing_mode) else 0
+            router += size if is_router_key(key) else 0
+            weights += size if is_any_expert_key(key) else 0
+    idle = (model.num_experts - model.top_k) * weights // model.num_experts
     return ParameterCounts(
         total=total,
         active=total - idle,
         shared=total - expert,
         expert=expert,
-        router=copies * model.num_experts * model.hidden_size,
-        per_expert_per_layer=expert // (copies * model.num_experts),
+        router=router,
+        per_expert_per_layer=expert // (num_sparse_layers(model) * model.num_experts),
     )
-
-
-def expert_weights(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Count the weights of all experts among some shapes, without router rows."""
-    # In skip-token routing the only expert parameters are the expert weights themselves.
-    mode = RoutingMode.SKIP_TOKEN
-    return sum(math.prod(shape) for key, shape in shapes.items() if is_expert_key(key, mode))
 
 
 def resident_counts(model: ModelSettings, layout: Layout) -> list[int]:
@@ -61,10 +54,11 @@ def resident_counts(model: ModelSettings, layout: Layout) -> list[int]:
 
     Raises ValueError for a layout of another model.
     """
-    if (layout.num_layers, layout.num_experts) != (model.num_layers, model.num_experts):
+    layers = num_sparse_layers(model)
+    if (layout.num_layers, layout.num_experts) != (layers, model.num_experts):
         raise ValueError(
             f"the layout has {layout.num_layers} layers of {layout.num_experts} experts, "
-            f"the model {model.num_layers} of {model.num_experts}"
+            f"the model {layers} of {model.num_experts}"
         )
     counts = parameter_counts(model)
     return [

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 
 from fomoe_flwr.config import ModelSettings, RoutingMode
-from fomoe_flwr.costs.counts import expert_weights
 from fomoe_flwr.layout import Layout
-from fomoe_flwr.parameters.keys import has_layer, is_router_key
-from fomoe_flwr.parameters.shapes import head_size, latent_sizes, one_layer_shapes
+from fomoe_flwr.parameters.keys import has_layer, is_any_expert_key, is_router_key
+from fomoe_flwr.parameters.shapes import head_size, latent_sizes, layer_groups
 
 TRAINING_FACTOR = 3
 """Training FLOPs over forward FLOPs: the backward pass has two products for each one."""
@@ -51,22 +50,31 @@ def token_flops(
     is `top_k`, the whole model. Attention is causal: a token attends to half the sequence on
     average.
     """
-    hidden, layers = model.hidden_size, model.num_layers
     executed = model.top_k if executed_experts is None else executed_experts
-    shapes = one_layer_shapes(model)
-    attended = 2 * head_size(model)
-    if model.family == "deepseek_v3":
-        # Keys have a rotary part that values lack.
-        attended += latent_sizes(model).rotary
+    dense = router = experts = attending = 0
+    for group in layer_groups(model):
+        attending += len(group.numbers) if any(".self_attn." in key for key in group.shapes) else 0
+        for key, shape in group.shapes.items():
+            size = group.copies * math.prod(shape)
+            dense += size if _is_dense_matrix(key, shape) else 0
+            router += size if is_router_key(key) and len(shape) == 2 else 0
+            experts += size if is_any_expert_key(key) else 0
     return TokenFlops(
-        projections=layers
-        * 2
-        * sum(math.prod(s) for key, s in shapes.items() if _is_dense_matrix(key, s)),
-        scores=layers * sequence_length * model.num_heads * attended,
-        router=layers * 2 * hidden * model.num_experts,
-        experts=layers * executed * 2 * expert_weights(shapes) / model.num_experts,
-        head=2 * hidden * model.vocab_size,
+        projections=2 * dense,
+        scores=attending * sequence_length * model.num_heads * _attended(model),
+        router=2 * router,
+        experts=executed * 2 * experts / model.num_experts,
+        head=2 * model.hidden_size * model.vocab_size,
     )
+
+
+def _attended(model: ModelSettings) -> int:
+    """Return the widths of a key and a value."""
+    if "attended" in model.architecture:
+        return int(model.architecture["attended"])
+    # DeepSeek's keys have a rotary part that values lack.
+    rotary = latent_sizes(model).rotary if model.family == "deepseek_v3" else 0
+    return 2 * head_size(model) + rotary
 
 
 def executed_experts(model: ModelSettings, layout: Layout) -> list[float]:
@@ -94,4 +102,5 @@ def skip_speedup_limit(expert_share: float, resident_share: float) -> float:
 
 
 def _is_dense_matrix(key: str, shape: tuple[int, ...]) -> bool:
-    return has_layer(key) and len(shape) == 2 and not is_router_key(key)
+    is_routed = is_router_key(key) or is_any_expert_key(key)
+    return has_layer(key) and len(shape) == 2 and not is_routed

@@ -11,6 +11,7 @@ from fomoe_flwr.costs.counts import parameter_counts
 from fomoe_flwr.costs.traffic import RoundBytes, num_buffers, state_factor
 from fomoe_flwr.layout import LayoutContext
 from fomoe_flwr.parameters.fragments import MOMENTS
+from fomoe_flwr.parameters.shapes import num_sparse_layers
 
 STATE_BYTES = {"adamw": 16, "sgd": 8}
 """fp32 training state, bytes a parameter: weight and gradient, and for AdamW its two moments."""
@@ -125,7 +126,7 @@ def expert_room(settings: Settings, capacity_gib: Sequence[float]) -> tuple[int,
                 f"layout.capacity_gib[{worker}]={gib} is out of range: it must be finite and > 0"
             )
     counts, local = parameter_counts(settings.model), settings.local
-    per_expert = counts.per_expert_per_layer * settings.model.num_layers
+    per_expert = counts.per_expert_per_layer * num_sparse_layers(settings.model)
     shared_bytes, expert_bytes = (
         memory_bytes(count, local.optimizer, local.precision)
         for count in (counts.shared, per_expert)

@@ -12,8 +12,13 @@ from fomoe_flwr.costs.counts import parameter_counts, resident_counts
 from fomoe_flwr.costs.topology import ring_factor, ring_round
 from fomoe_flwr.layout import MOVING_KINDS, Layout, begins_period
 from fomoe_flwr.parameters.fragments import fragment_of_round, fragment_rows, moments_of_round
-from fomoe_flwr.parameters.keys import is_expert_key, layer_of
-from fomoe_flwr.parameters.shapes import buffer_shapes, parameter_shapes
+from fomoe_flwr.parameters.keys import is_expert_key, layer_of, sparse_layers
+from fomoe_flwr.parameters.shapes import (
+    buffer_shapes,
+    layer_groups,
+    num_sparse_layers,
+    parameter_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def full_replica_bytes(settings: Settings) -> RoundBytes:
     """Predict the bytes of a round in which every worker holds everything, all else alike."""
     model, workers = settings.model, settings.layout.num_workers
     replica = replace(settings, layout=replace(settings.layout, kind="fixed"))
-    one = predict_bytes(replica, Layout.full(model.num_layers, model.num_experts, 1))
+    one = predict_bytes(replica, Layout.full(num_sparse_layers(model), model.num_experts, 1))
     return RoundBytes(one.up_per_worker * workers, one.down_per_worker * workers)
 
 
@@ -166,8 +171,11 @@ def state_factor(outer: OuterSettings) -> float:
 
 def num_buffers(model: ModelSettings) -> int:
     """Count the elements of a model's persistent buffers: they travel, but have no moments."""
-    one_layer = buffer_shapes(replace(model, num_layers=1))
-    return model.num_layers * sum(math.prod(shape) for shape in one_layer.values())
+    return sum(
+        group.copies * math.prod(shape)
+        for group in layer_groups(model)
+        for shape in group.buffers.values()
+    )
 
 
 @dataclass(frozen=True)
@@ -212,6 +220,7 @@ def _part_sizes(
     shared = [[0, 0] for _ in range(num_fragments)]
     held = [[[0, 0] for _ in range(num_fragments)] for _ in range(layout.num_workers)]
     holders = [_by_count(of_workers) for of_workers in layout.residents]
+    sparse = sparse_layers(parameter_shapes(model))
     for kind, shapes in enumerate((parameter_shapes(model), buffer_shapes(model))):
         for key, shape in shapes.items():
             row_size = math.prod(shape[1:])
@@ -220,7 +229,7 @@ def _part_sizes(
                     start, stop = fragment_rows(key, shape[0], fragment, num_fragments)
                     count[kind] += (stop - start) * row_size
                 continue
-            for rows, workers in holders[layer_of(key)].items():
+            for rows, workers in holders[sparse.index(layer_of(key))].items():
                 cuts = [fragment_rows(key, rows, f, num_fragments) for f in range(num_fragments)]
                 for worker in workers:
                     for fragment, (start, stop) in enumerate(cuts):

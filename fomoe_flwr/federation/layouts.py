@@ -13,6 +13,7 @@ from fomoe_flwr.costs import expert_room
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.round_state import RoundState
 from fomoe_flwr.layout import Layout, Rehomed, check_layout, draw_layout, settle
+from fomoe_flwr.parameters.shapes import num_sparse_layers
 
 
 class Layouts:
@@ -50,7 +51,7 @@ class Layouts:
             return
         gib = [self.capacity_gib[worker] for worker in range(layout.num_workers)]
         context = replace(self.state.context, room=expert_room(self.settings, gib))
-        check_layout(layout, model.num_layers, model.num_experts, context)
+        check_layout(layout, num_sparse_layers(model), model.num_experts, context)
         self.state.context = context
         log(INFO, "workers report %s GiB, room for %s experts of a layer", gib, context.room)
 
@@ -96,7 +97,7 @@ class Layouts:
 
     def _draw(self, server_round: int) -> Layout:
         settings, model = self.settings, self.settings.model
-        shape = model.num_layers, model.num_experts
+        shape = num_sparse_layers(model), model.num_experts
         if server_round <= settings.layout.warm_rounds:
             return Layout.full(*shape, settings.layout.num_workers)
         context = self.state.context

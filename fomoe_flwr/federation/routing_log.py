@@ -21,7 +21,7 @@ from fomoe_flwr.model import routing_metrics as measure
 from fomoe_flwr.model.router_probe import RoutingCounts
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.parameters.fragments import fragment_of_round
-from fomoe_flwr.parameters.keys import is_router_key, layer_of
+from fomoe_flwr.parameters.keys import is_router_key
 
 Columns = dict[str, list[float]]
 """Name of a measure -> one number for each layer."""
@@ -126,7 +126,7 @@ class RoutingLog:
 
     def _cosines(self, state: State) -> list[float]:
         routers = {
-            layer_of(key): value
+            self.spec.layer_of(key): value
             for key, value in state.items()
             if is_router_key(key) and value.dim() == 2  # not a selection bias
         }
@@ -144,13 +144,14 @@ class RoutingLog:
         squares = torch.zeros(self.spec.num_layers, self.spec.num_experts, dtype=torch.float64)
         several = {layer for layer, copies in enumerate(record.copies) if bool((copies > 1).any())}
         for entry in part.expert:
-            if layer_of(entry.key) not in several:  # Nothing lies apart there.
+            if self.spec.layer_of(entry.key) not in several:  # Nothing lies apart there.
                 continue
             # A selection bias has one number an expert, and no second axis.
             rows = state[entry.key].reshape(self.spec.num_experts, -1)
-            squares[layer_of(entry.key)] += torch.linalg.vector_norm(rows, dim=1).double().square()
+            norms = torch.linalg.vector_norm(rows, dim=1).double()
+            squares[self.spec.layer_of(entry.key)] += norms.square()
         drift = measure.expert_drift(record.disagreement, squares.sqrt(), record.copies)
-        sent = {layer_of(entry.key) for entry in part.expert}
+        sent = {self.spec.layer_of(entry.key) for entry in part.expert}
         return [value if i in sent else math.nan for i, value in enumerate(drift.tolist())]
 
 

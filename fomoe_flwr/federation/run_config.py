@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fomoe_flwr.config import Settings, SettingsError, load_settings, quoted
+from fomoe_flwr.model.source import settle
 from fomoe_flwr.run.directory import default_output_dir
 
 EVERYDAY = {
@@ -44,7 +45,7 @@ def settings_of(run_config: Mapping[str, object]) -> Settings:
         overrides += shlex.split(text)
     except ValueError as error:
         raise SettingsError(f"overrides={text!r} cannot be split into words: {error}") from error
-    settings = load_settings(overrides)
+    settings = load_settings(overrides, settle)
     if not settings.output_dir:
         settings.output_dir = str(default_output_dir(settings, Path.home() / "fomoe-runs"))
     settings.output_dir = str(Path(settings.output_dir).expanduser())

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation.wire import TASK, WireError, are_counts, is_count, json_in, json_record
 from fomoe_flwr.parameters.fragments import MOMENTS
+from fomoe_flwr.parameters.shapes import num_sparse_layers
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,12 @@ class TaskHeader:
         if self.worker >= workers:
             raise WireError(f"task is for worker {self.worker}, layout.num_workers={workers}")
         known = range(model.num_experts)
-        if len(self.residents) != model.num_layers or any(
+        layers = num_sparse_layers(model)
+        if len(self.residents) != layers or any(
             list(held) != sorted(set(held) & set(known)) for held in self.residents
         ):
             raise WireError(
-                f"residents must be {model.num_layers} rising lists of expert ids from 0 to "
+                f"residents must be {layers} rising lists of expert ids from 0 to "
                 f"{model.num_experts - 1}"
             )
         if self.fragment >= settings.outer.fragments:
@@ -95,13 +97,8 @@ class TaskHeader:
                 f"task carries fragment {self.fragment}, outer.fragments={settings.outer.fragments}"
             )
         shares = self.pooled_share
-        if (
-            shares is not None
-            and [len(row) for row in shares] != [model.num_experts] * model.num_layers
-        ):
-            raise WireError(
-                f"pooled_share must be {model.num_layers} lists of {model.num_experts} shares"
-            )
+        if shares is not None and [len(row) for row in shares] != [model.num_experts] * layers:
+            raise WireError(f"pooled_share must be {layers} lists of {model.num_experts} shares")
         unknown = max(map(max, self.probe), default=0)
         if unknown >= model.vocab_size:
             raise WireError(f"probe has token {unknown}, the vocabulary {model.vocab_size}")

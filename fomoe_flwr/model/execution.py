@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from fomoe_flwr.config import Settings
 from fomoe_flwr.config.execution import is_compiled, is_graphed, is_loss_chunked
 from fomoe_flwr.model.attention import attend_to_full_windows
+from fomoe_flwr.model.blocks import moe_blocks
 from fomoe_flwr.model.experts import set_core
-from fomoe_flwr.model.residency import moe_blocks
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,12 @@ class Execution:
 
 def _dense_parts(model: PreTrainedModel) -> list[nn.Module]:
     """List attention and norms: what has the same shapes in every step, whatever the data."""
-    routed = {id(part) for _, block in moe_blocks(model) for part in block.modules()}
+    routed = {
+        id(part)
+        for block in moe_blocks(model)
+        for module in (block.router, block.experts)
+        for part in module.modules()
+    }
     return [
         child
         for layer in model.base_model.layers  # type: ignore[union-attr]

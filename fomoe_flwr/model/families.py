@@ -1,4 +1,4 @@
-"""Model families: how our names for a shape map to each transformers configuration.
+"""Model families: how our names for a shape map to a transformers configuration, and its class.
 
 A family needs the v5 experts interface of transformers, nothing else: its stock class carries the
 model, so a checkpoint we export is an ordinary one. `fomoe`, the paper's block, is a class of ours.
@@ -7,25 +7,16 @@ model, so a checkpoint we export is an ordinary one. `fomoe`, the paper's block,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    Glm4MoeConfig,
-    Glm4MoeForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
-from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.config import ModelSettings, SettingsError
 from fomoe_flwr.model.fomoe import FomoeConfig, FomoeForCausalLM
 from fomoe_flwr.parameters.shapes import head_size, latent_sizes
 
@@ -97,37 +88,46 @@ def _fomoe(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Family:
-    """One line of models and what the rest of the package must know about it."""
-
-    model_class: type[PreTrainedModel]
-    config_class: type[PreTrainedConfig]
-    own_settings: Callable[[ModelSettings], dict[str, Any]]
-    """Configuration entries that only this family has, or names differently."""
-    score_function: str = "softmax"
-    """How the router makes scores of logits: `softmax` or `sigmoid`."""
-    min_scored_experts: int = 0
-    """Fewest experts that the router can score; DeepSeek's ranks a group by its best two."""
-
-
-FAMILIES: dict[str, Family] = {
-    "olmoe": Family(OlmoeForCausalLM, OlmoeConfig, _olmoe),
-    "qwen3_moe": Family(Qwen3MoeForCausalLM, Qwen3MoeConfig, _qwen3_moe),
-    "mixtral": Family(MixtralForCausalLM, MixtralConfig, _mixtral),
-    "deepseek_v3": Family(
-        DeepseekV3ForCausalLM, DeepseekV3Config, _deepseek_v3, "sigmoid", min_scored_experts=2
-    ),
-    "glm4_moe": Family(
-        Glm4MoeForCausalLM, Glm4MoeConfig, _glm4_moe, "sigmoid", min_scored_experts=2
-    ),
-    "fomoe": Family(FomoeForCausalLM, FomoeConfig, _fomoe, "sigmoid"),
+FAMILIES: dict[str, Callable[[ModelSettings], dict[str, Any]]] = {
+    "olmoe": _olmoe,
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
+    "deepseek_v3": _deepseek_v3,
+    "glm4_moe": _glm4_moe,
+    "fomoe": _fomoe,
 }
+"""Families whose shape the settings name, with the entries that only this family has, or names
+differently. All others come with a whole configuration (`model.config`, `model.pretrained`)."""
+
+
+def config_class(family: str) -> type[PreTrainedConfig]:
+    """Return the configuration class of a family. Raises SettingsError for one that is unknown."""
+    if family == FomoeConfig.model_type:
+        return FomoeConfig
+    if family not in CONFIG_MAPPING:
+        raise SettingsError(
+            f"model.family={family} is not a model type that the installed transformers knows"
+        )
+    found: type[PreTrainedConfig] = CONFIG_MAPPING[family]
+    return found
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the causal language model of a configuration. Raises SettingsError without one."""
+    if isinstance(config, FomoeConfig):
+        return FomoeForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SettingsError(
+            f"model.family={config.model_type} has no causal language model in transformers"
+        )
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    made: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return made
 
 
 def model_class(family: str) -> type[PreTrainedModel]:
     """Return the transformers class of a family."""
-    return FAMILIES[family].model_class
+    return class_of(config_class(family)())
 
 
 def transformers_config(
@@ -141,7 +141,9 @@ def transformers_config(
     The balance loss is ours (`model.router_probe`), so the stock one is switched off. Token ids
     matter to an export only: training has neither padding nor generation.
     """
-    family = FAMILIES[model.family]
+    if model.architecture:
+        tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        return _described(model, bos_token_id=None, **tokens)
     common: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -163,4 +165,21 @@ def transformers_config(
         common["rms_norm_eps"] = model.norm_eps
     if model.rope_theta:
         common["rope_theta"] = model.rope_theta
-    return family.config_class(**(common | family.own_settings(model)))
+    return config_class(model.family)(**(common | FAMILIES[model.family](model)))
+
+
+def _described(model: ModelSettings, **tokens: int | None) -> PreTrainedConfig:
+    """Return the configuration that a checkpoint or a family's defaults came with.
+
+    Dropout is off: copies of an expert on several workers would differ by chance.
+    """
+    entries = model.architecture["config"]
+    config = config_class(model.family).from_dict(entries)
+    for name, value in vars(config).items():
+        if "dropout" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    for name, token in tokens.items():
+        setattr(config, name, token)
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
+    return config

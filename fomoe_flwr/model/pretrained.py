@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fomoe_flwr.config import ModelSettings, SettingsError
-from fomoe_flwr.model.families import FAMILIES, transformers_config
+from fomoe_flwr.model.architecture import described_settings
+from fomoe_flwr.model.families import FAMILIES, config_class, transformers_config
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, State, StateSpec
 
@@ -156,6 +158,22 @@ def fill_pretrained(
                 state[entry.key][row].copy_(_read_expert(checkpoint, model, entry, [row])[0])
 
 
+def pretrained_settings(model: ModelSettings) -> ModelSettings:
+    """Return the settings of the model in the folder `model.pretrained`.
+
+    By the fields of `model` where they can name it, else as its stock class describes it. Needs
+    `config.json` alone. Raises SettingsError for a model that cannot be trained here.
+    """
+    folder = Path(model.pretrained).expanduser()
+    config = _read_config(folder)
+    if config.model_type in FAMILIES:
+        try:
+            return ModelSettings(**pretrained_shape(folder), name=config.model_type)
+        except SettingsError:
+            pass  # The fields do not name all of it; the class does.
+    return described_settings(config)
+
+
 def pretrained_shape(folder: str | Path) -> dict[str, Any]:
     """Return the fields of `ModelSettings` that describe a checkpoint's model.
 
@@ -247,16 +265,24 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         kind = stored.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise _refusal(folder, f"has no readable config.json: {error}") from error
-    if kind not in FAMILIES:
-        raise _refusal(folder, f"has model_type={kind}, expected one of {', '.join(FAMILIES)}")
+    try:
+        known = config_class(str(kind))
+    except SettingsError:
+        raise _refusal(
+            folder,
+            f"has model_type={kind}, which transformers {transformers.__version__} does not know",
+        ) from None
     if stored.get("quantization_config"):
         raise _refusal(folder, "is quantised: its weights cannot train")
-    return FAMILIES[kind].config_class.from_dict(stored)
+    return known.from_dict(stored)
 
 
 def check_pretrained(folder: Path, model: ModelSettings) -> None:
     """Refuse a checkpoint whose configuration computes something else than the settings do."""
     theirs, ours = _read_config(folder), transformers_config(model, 0)
+    if model.architecture:
+        _check_described(folder, theirs, model)
+        return
     if theirs.model_type != model.family:
         raise _refusal(
             folder,
@@ -281,6 +307,12 @@ def check_pretrained(folder: Path, model: ModelSettings) -> None:
             setting = "rope_theta"
         advice = f"; set model.{setting}" if setting else ": no setting expresses it"
         raise _refusal(folder, f"has {key}={found}, the settings expect {expected}{advice}")
+
+
+def _check_described(folder: Path, theirs: PreTrainedConfig, model: ModelSettings) -> None:
+    """Refuse a folder whose configuration is not the one that the settings hold."""
+    if described_settings(theirs).architecture != model.architecture:
+        raise _refusal(folder, "has another config.json than the run began with")
 
 
 def _rope_theta(config: PreTrainedConfig) -> float:

@@ -2,27 +2,34 @@
 
 A ghost expert is never allocated: the model is built on the meta device, its expert parameters are
 cut to `[R, ...]` there, and only then does memory appear. Which parameters are cut is decided by
-`parameters.keys.is_expert_key` alone.
+`parameters.keys.is_expert_key` alone; a model of which that is not true is refused.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fomoe_flwr.config import ModelSettings, RoutingMode
-from fomoe_flwr.errors import InputError
+from fomoe_flwr.model.blocks import (
+    FamilyError,
+    MoeBlock,
+    check_blocks,
+    moe_blocks,
+    num_experts,
+    score_function,
+    trial,
+)
 from fomoe_flwr.model.experts import IMPLEMENTATION, register
-from fomoe_flwr.model.families import FAMILIES
-from fomoe_flwr.parameters.keys import is_expert_key, layer_of
+from fomoe_flwr.model.families import class_of
+from fomoe_flwr.parameters.keys import is_expert_key
 
 Residents = Sequence[Sequence[int]]
-"""For every layer the sorted ids of the experts that are held."""
+"""For every sparse layer the sorted ids of the experts that are held."""
 
 
 Place = Callable[[str, Tensor], Tensor]
@@ -45,18 +52,17 @@ def build_model(
     The stock initialisation runs under `seed` (the caller's random state is left alone); with
     `empty=True` parameters are left uninitialised, for a caller that overwrites all of them.
     `arrange` gets the model before it has memory. `place` makes the memory of the model's state,
-    key by key; without it that is ordinary memory on `device`.
+    key by key; without it that is ordinary memory on `device`. Raises FamilyError for a model that
+    cannot be trained here.
     """
     register()
-    family = FAMILIES[model.family]
     with torch.device("meta"), warnings.catch_warnings():
         # A stock block without shared experts still has their matrices, of no elements.
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        built = family.model_class._from_config(config, experts_implementation=IMPLEMENTATION)
-    for _, block in moe_blocks(built):
-        block.gate.score_function = family.score_function
+        built = class_of(config)._from_config(config, experts_implementation=IMPLEMENTATION)
+    blocks = _known(built, model)
     if residents is not None:
-        _cut(built, model, residents)
+        _cut(built, blocks, model, residents)
     if arrange is not None:
         arrange(built)
     with torch.random.fork_rng(devices=[]):
@@ -88,45 +94,96 @@ def build_skeleton(
     return built.eval()
 
 
-def moe_blocks(model: nn.Module) -> Iterator[tuple[int, Any]]:
-    """Yield (layer, block) for every layer that has a router `gate` and `experts`."""
-    for name, module in model.named_modules():
-        if hasattr(module, "gate") and hasattr(module, "experts"):
-            yield layer_of(f".{name}."), module
+def _known(built: PreTrainedModel, model: ModelSettings) -> list[MoeBlock]:
+    """Return the blocks of a whole model, and write down how their routers score."""
+    try:
+        check_blocks(built)
+    except FamilyError as error:
+        raise FamilyError(f"model.family={model.family} cannot be trained: {error}") from error
+    blocks, scores = list(moe_blocks(built)), dict[type, str]()
+    for block in blocks:
+        kind = type(block.router)
+        if kind not in scores:
+            scores[kind] = score_function(block.router, built.config.hidden_size)
+        block.router.score_function = scores[kind]
+    return blocks
 
 
-def _cut(model: PreTrainedModel, settings: ModelSettings, residents: Residents) -> None:
+def _cut(
+    model: PreTrainedModel, blocks: list[MoeBlock], settings: ModelSettings, residents: Residents
+) -> None:
     """Replace, on meta, every per-expert parameter or buffer `[E, ...]` by one of `[R, ...]`."""
-    routing, family = settings.routing_mode, FAMILIES[settings.family]
-    if routing is RoutingMode.PARTITIONED:
-        fewest = min(map(len, residents))
-        if fewest < family.min_scored_experts:
-            raise InputError(
-                f"model.family={settings.family} cannot route over {fewest} expert(s): with "
-                f"model.routing=partitioned every worker must hold at least "
-                f"{family.min_scored_experts} of each layer; raise layout.overlap"
-            )
-    state = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in state:
-        if is_expert_key(name, routing):
-            owner_name, _, leaf = name.rpartition(".")
-            rows = len(residents[layer_of(name)])
-            cut = torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
-            value = nn.Parameter(cut) if isinstance(tensor, nn.Parameter) else cut
-            setattr(model.get_submodule(owner_name), leaf, value)
-    for layer, block in moe_blocks(model):
-        count = len(residents[layer])
-        block.experts.num_experts = count
+    routing, rows_of_layer = settings.routing_mode, dict[int, int]()
+    total = num_experts(blocks[0].experts)
+    for block, held in zip(blocks, residents, strict=True):
+        rows_of_layer[block.layer] = len(held)
         if routing is RoutingMode.PARTITIONED:
-            # The router has rows for residents only, so what it picks are slots already.
-            block.gate.num_experts = count
-            block.gate.top_k = min(settings.top_k, count)
+            _narrow(model, block, settings, len(held), total)
         else:
             block.experts.register_buffer(
                 "slot_of_expert",
-                torch.empty(settings.num_experts, dtype=torch.long, device="meta"),
+                torch.empty(total, dtype=torch.long, device="meta"),
                 persistent=False,
             )
+    for block in blocks:
+        for prefix, module in (("", block.experts), (block.router_key, block.router)):
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if name == "slot_of_expert" or (
+                    prefix and not is_expert_key(prefix + name, routing)
+                ):
+                    continue
+                owner_name, _, leaf = name.rpartition(".")
+                shape = (rows_of_layer[block.layer], *tensor.shape[1:])
+                cut = torch.empty(shape, dtype=tensor.dtype, device="meta")
+                value = nn.Parameter(cut) if isinstance(tensor, nn.Parameter) else cut
+                setattr(module.get_submodule(owner_name), leaf, value)
+        block.experts.num_experts = rows_of_layer[block.layer]
+    if routing is RoutingMode.PARTITIONED:
+        _check_narrowed(model, blocks, settings)
+
+
+def _narrow(
+    model: PreTrainedModel, block: MoeBlock, settings: ModelSettings, count: int, total: int
+) -> None:
+    """Make a router choose among `count` experts: what it picks are slots already."""
+    router = block.router
+    whole = [
+        name
+        for name, value in (*router.named_parameters(), *router.named_buffers())
+        if not value.dim() or len(value) != total
+    ]
+    why = ""
+    if whole:
+        why = f"its router has {whole[0]}, which has no row for each expert"
+    elif getattr(model.config, "n_group", None) not in (None, 1):
+        why = f"its router chooses among n_group={model.config.n_group} groups of experts"
+    for module in (router, block.owner):
+        for name, value in vars(module).items():
+            if type(value) is not int:
+                continue
+            if "expert" in name and value == total:
+                setattr(module, name, count)
+            elif ("top" in name or "per_tok" in name) and value == settings.top_k:
+                setattr(module, name, min(value, count))
+    if why:
+        raise FamilyError(
+            f"model.routing=partitioned is not possible with model.family={settings.family}: "
+            f"{why}; use model.routing=skip_token"
+        )
+
+
+def _check_narrowed(
+    model: PreTrainedModel, blocks: list[MoeBlock], settings: ModelSettings
+) -> None:
+    """Refuse residents that are too few for a router: some rank a group by its best two."""
+    fewest = min(blocks, key=lambda block: num_experts(block.experts))
+    count = num_experts(fewest.experts)
+    if count and trial(fewest.router, model.config.hidden_size) is None:
+        raise FamilyError(
+            f"model.family={settings.family} cannot route over {count} expert(s): with "
+            "model.routing=partitioned every worker must hold more of each layer; raise "
+            "layout.overlap"
+        )
 
 
 def _settle(model: PreTrainedModel, place: Place) -> None:
@@ -165,9 +222,9 @@ def fill_slots(model: PreTrainedModel, residents: Residents) -> None:
 
     Nothing else in a model that was built for some residents depends on which they are.
     """
-    for layer, block in moe_blocks(model):
+    for block, experts in zip(moe_blocks(model), residents, strict=True):
         slots = getattr(block.experts, "slot_of_expert", None)
         if slots is not None:
-            held = torch.tensor(residents[layer], dtype=torch.long, device=slots.device)
-            slots.fill_(len(residents[layer]))
+            held = torch.tensor(experts, dtype=torch.long, device=slots.device)
+            slots.fill_(len(experts))
             slots[held] = torch.arange(len(held), device=slots.device)

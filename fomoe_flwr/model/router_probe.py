@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fomoe_flwr.model.residency import Residents, moe_blocks
+from fomoe_flwr.model.blocks import MoeBlock, moe_blocks, routed
+from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.router_losses import RouterLosses, compiled_losses, router_losses
 
 
@@ -67,14 +67,14 @@ class RouterProbe:
     ) -> None:
         self.num_experts = num_experts
         self._losses = compiled_losses() if compiled else router_losses
-        self._layers = {layer: _Listener(block) for layer, block in moe_blocks(model)}
+        self._layers = {row: _Listener(block) for row, block in enumerate(moe_blocks(model))}
         self._pending: list[tuple[Tensor, Tensor]] = []
         # Activation checkpointing runs layers again in backward: that is not another forward pass.
         self._is_forward = True
         # A loss in chunks calls the model without its head.
         trunk = getattr(model, "base_model", model)
         self._handles = [trunk.register_forward_pre_hook(self._begin)] + [
-            listener.block.gate.register_forward_hook(self._hook(model, listener))
+            listener.block.router.register_forward_hook(self._hook(model, listener))
             for listener in self._layers.values()
         ]
         self.begin(residents, pooled_share)
@@ -144,8 +144,9 @@ class RouterProbe:
             if rate:
                 load_E = total(listener.step_load_E).float()
                 with torch.no_grad():
-                    bias_E = listener.block.gate.e_score_correction_bias
-                    bias_E += rate * torch.sign(load_E.mean() - load_E)
+                    bias = listener.block.bias
+                    assert bias is not None
+                    bias += (rate * torch.sign(load_E.mean() - load_E)).view_as(bias)
             listener.load_E += listener.step_load_E
             listener.step_load_E.zero_()
 
@@ -154,9 +155,9 @@ class RouterProbe:
 
     def _hook(self, model: nn.Module, listener: _Listener) -> Callable[..., None]:
         def listen(_module: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
-            logits_TE, chosen_TK = output[0], output[-1]
             if not model.training:
                 return
+            logits_TE, _, chosen_TK = routed(output)
             load_E = _load(chosen_TK, logits_TE.shape[-1])
             if self._is_forward:
                 listener.count(chosen_TK, load_E)
@@ -175,9 +176,9 @@ class RouterProbe:
 class _Listener:
     """What one router did: counters on its own device."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: MoeBlock) -> None:
         self.block = block
-        self.is_sigmoid = getattr(block.gate, "score_function", "softmax") == "sigmoid"
+        self.is_sigmoid = getattr(block.router, "score_function", "softmax") == "sigmoid"
         self.slots: Tensor | None = getattr(block.experts, "slot_of_expert", None)
         self.scored: list[int] = []
         self.pooled_E: Tensor | None = None
@@ -222,14 +223,14 @@ class _Listener:
         self.top_k = chosen_TK.shape[-1]
         self.step_load_E += load_E
         if self.slots is not None:
-            is_ghost_TK = self.slots[chosen_TK] == self.block.experts.num_experts
+            is_ghost_TK = self.slots[chosen_TK] == int(self.block.experts.num_experts)
             self.all_ghost += is_ghost_TK.all(-1).sum()
 
     def ghosts(self) -> Tensor:
         """Return the ids of experts that the router scores and the worker lacks."""
         if self.slots is None:
             return torch.empty(0, dtype=torch.long)
-        return (self.slots == self.block.experts.num_experts).nonzero().flatten().cpu()
+        return (self.slots == int(self.block.experts.num_experts)).nonzero().flatten().cpu()
 
     def tokens(self) -> int:
         """Return how many tokens were routed."""
@@ -259,13 +260,13 @@ def chosen_experts(
     """
     seen: dict[int, list[Tensor]] = {}
 
-    def listener(layer: int, block: Any) -> Callable[..., None]:
+    def listener(layer: int, block: MoeBlock) -> Callable[..., None]:
         held = torch.arange(num_experts)
         if residents is not None and not hasattr(block.experts, "slot_of_expert"):
             held = torch.tensor(residents[layer], dtype=torch.long)
 
         def listen(_module: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
-            ids_TK = held[output[-1].cpu()].sort(-1).values
+            ids_TK = held[routed(output)[2].cpu()].sort(-1).values
             missing = (0, top_k - ids_TK.shape[-1])
             padded_TK = nn.functional.pad(ids_TK, missing, value=num_experts)
             seen.setdefault(layer, []).append(padded_TK)
@@ -273,8 +274,8 @@ def chosen_experts(
         return listen
 
     handles = [
-        block.gate.register_forward_hook(listener(layer, block))
-        for layer, block in moe_blocks(model)
+        block.router.register_forward_hook(listener(row, block))
+        for row, block in enumerate(moe_blocks(model))
     ]
     device = next(model.parameters()).device
     was_training = model.training

@@ -26,7 +26,7 @@ from fomoe_flwr.model.device_copy import copy, host_empty
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.shards import fill
 from fomoe_flwr.parameters.fragments import fragment_rows
-from fomoe_flwr.parameters.keys import is_expert_key, layer_of
+from fomoe_flwr.parameters.keys import is_expert_key, layer_of, sparse_layers
 
 State = Mapping[str, Tensor]
 
@@ -38,7 +38,8 @@ class Entry:
     key: str
     shape: tuple[int, ...]
     layer: int | None
-    """Decoder layer of an expert key, whose first axis enumerates experts; None if shared."""
+    """Sparse layer of an expert key, whose first axis enumerates experts; None if shared. Sparse
+    layers are counted from 0: dense ones have no number here, and no row in a layout."""
     start: int = 0
     """First of `shape[0]` rows of a shared key; more than 0 only in a fragment."""
     is_parameter: bool = True
@@ -64,7 +65,10 @@ class StateSpec:
     shared: tuple[Entry, ...]
     expert: tuple[Entry, ...]
     num_layers: int
+    """Sparse layers."""
     num_experts: int
+    sparse: tuple[int, ...] = ()
+    """Numbers of the sparse layers among all decoder layers; empty if all are sparse."""
 
     @classmethod
     def of(cls, settings: ModelSettings, config: PreTrainedConfig) -> StateSpec:
@@ -77,12 +81,18 @@ class StateSpec:
         shared: list[Entry] = []
         expert: list[Entry] = []
         parameters = {name for name, _ in model.named_parameters()}
-        for key, value in state_of(model).items():
+        state = state_of(model)
+        sparse = sparse_layers(state)
+        for key, value in state.items():
             is_expert = is_expert_key(key, settings.routing_mode)
-            layer = layer_of(key) if is_expert else None
+            layer = sparse.index(layer_of(key)) if is_expert else None
             entry = Entry(key, tuple(value.shape), layer, is_parameter=key in parameters)
             (expert if is_expert else shared).append(entry)
-        return cls(tuple(shared), tuple(expert), settings.num_layers, settings.num_experts)
+        return cls(tuple(shared), tuple(expert), len(sparse), settings.num_experts, sparse)
+
+    def layer_of(self, key: str) -> int:
+        """Return the sparse layer of an expert's or a router's key."""
+        return self.sparse.index(layer_of(key)) if self.sparse else layer_of(key)
 
     def fragment(self, fragment: int, num_fragments: int) -> StateSpec:
         """Return what one fragment carries, -1 being the whole; see `parameters.fragments`."""

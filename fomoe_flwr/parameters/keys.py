@@ -6,6 +6,7 @@ Layout, model, wire and cost model all ask `is_expert_key`; no other place knows
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from fomoe_flwr.config import RoutingMode
 
@@ -25,9 +26,20 @@ def is_expert_key(key: str, routing: RoutingMode) -> bool:
     return routing is RoutingMode.PARTITIONED and bool(_ROUTER_KEY.search(key))
 
 
+def is_any_expert_key(key: str) -> bool:
+    """Tell whether a state-dict entry is an expert's own, whatever the routing."""
+    return bool(_EXPERT_KEY.search(key))
+
+
 def is_router_key(key: str) -> bool:
     """Tell whether a state-dict entry is a router's: its first axis enumerates scored experts."""
     return bool(_ROUTER_KEY.search(key))
+
+
+def sparse_layers(keys: Iterable[str]) -> tuple[int, ...]:
+    """Return the numbers of the decoder layers that have experts, in order."""
+    found = (_EXPERT_KEY.search(key) for key in keys)
+    return tuple(sorted({int(match[1]) for match in found if match}))
 
 
 def has_layer(key: str) -> bool:

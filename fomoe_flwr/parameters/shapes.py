@@ -1,14 +1,17 @@
-"""Names and shapes of every family's parameters, in closed form: no torch, no model is built.
+"""Names and shapes of a model's parameters: no torch, no model is built.
 
-The names are those of transformers. A test compares each family with the model itself.
+Of the families of our presets in closed form: the names are those of transformers, and a test
+compares each family with the model itself. Of any other model its class says them
+(`model.architecture`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from fomoe_flwr.config import BIASED_FAMILIES, ModelSettings, SettingsError
+from fomoe_flwr.config import ModelSettings, SettingsError
+from fomoe_flwr.parameters.keys import is_any_expert_key
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -43,40 +46,83 @@ def latent_sizes(model: ModelSettings) -> LatentSizes:
     )
 
 
-def parameter_shapes(model: ModelSettings) -> Shapes:
-    """Return name and shape of every parameter, as `transformers` has them.
+@dataclass(frozen=True)
+class LayerGroup:
+    """Decoder layers that are alike, or (without numbers) what lies outside of all."""
 
-    Experts are stacked along the first axis. Raises SettingsError for a family without cost model.
+    numbers: tuple[int, ...]
+    shapes: Shapes
+    """Shapes of one layer's parameters, under the names of the first."""
+    buffers: Shapes
+    """Shapes of its persistent buffers: they travel, but nothing trains them."""
+
+    @property
+    def copies(self) -> int:
+        """How many times the model has these tensors."""
+        return max(1, len(self.numbers))
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether these layers have experts."""
+        return any(is_any_expert_key(key) for key in self.shapes)
+
+    def named(self, shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield (name, shape) for every layer of the group."""
+        if not self.numbers:
+            yield from shapes.items()
+        for number in self.numbers:
+            for key, shape in shapes.items():
+                yield key.replace(f".{self.numbers[0]}.", f".{number}.", 1), shape
+
+
+def layer_groups(model: ModelSettings) -> list[LayerGroup]:
+    """Return a model's tensors, layers that are alike together; experts on the first axis.
+
+    Raises SettingsError for a family whose shape the settings do not name.
     """
+    if model.architecture:
+        return [
+            LayerGroup(
+                tuple(group["layers"]),
+                {key: tuple(shape) for key, shape in group["parameters"].items()},
+                {key: tuple(shape) for key, shape in group["buffers"].items()},
+            )
+            for group in model.architecture["groups"]
+        ]
     if model.family not in _LAYERS:
         raise SettingsError(
             f"model.family={model.family} has no cost model: it is not one of {', '.join(_LAYERS)}"
         )
-    shapes: Shapes = {"model.embed_tokens.weight": (model.vocab_size, model.hidden_size)}
-    layer_shapes = _LAYERS[model.family](model)
-    for layer in range(model.num_layers):
-        shapes |= {f"model.layers.{layer}.{key}": shape for key, shape in layer_shapes.items()}
+    outside: Shapes = {"model.embed_tokens.weight": (model.vocab_size, model.hidden_size)}
     if model.family == "fomoe":
-        shapes["model.embed_norm.weight"] = (model.hidden_size,)
-    shapes["model.norm.weight"] = (model.hidden_size,)
+        outside["model.embed_norm.weight"] = (model.hidden_size,)
+    outside["model.norm.weight"] = (model.hidden_size,)
     if not model.tie_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, model.hidden_size)
-    return shapes
+        outside["lm_head.weight"] = (model.vocab_size, model.hidden_size)
+    shapes = {f"model.layers.0.{key}": s for key, s in _LAYERS[model.family](model).items()}
+    bias = "model.layers.0.mlp.gate.e_score_correction_bias"
+    buffers: Shapes = {bias: (model.num_experts,)} if model.has_selection_bias else {}
+    return [
+        LayerGroup((), outside, {}),
+        LayerGroup(tuple(range(model.num_layers)), shapes, buffers),
+    ]
 
 
-def one_layer_shapes(model: ModelSettings) -> Shapes:
-    """Return the shapes outside the layers and those of one layer: all layers are alike."""
-    return parameter_shapes(replace(model, num_layers=1))
+def num_sparse_layers(model: ModelSettings) -> int:
+    """Return how many layers have experts: the rows of a layout."""
+    if not model.architecture:
+        return model.num_layers
+    return sum(len(group.numbers) for group in layer_groups(model) if group.is_sparse)
+
+
+def parameter_shapes(model: ModelSettings) -> Shapes:
+    """Return name and shape of every parameter, as `transformers` has them."""
+    return {k: s for group in layer_groups(model) for k, s in group.named(group.shapes)}
 
 
 def buffer_shapes(model: ModelSettings) -> Shapes:
-    """Return name and shape of every persistent buffer: it travels, but nothing trains it."""
-    if model.family not in BIASED_FAMILIES:
-        return {}
-    return {
-        f"model.layers.{layer}.mlp.gate.e_score_correction_bias": (model.num_experts,)
-        for layer in range(model.num_layers)
-    }
+    """Return name and shape of every persistent buffer."""
+    return {k: s for group in layer_groups(model) for k, s in group.named(group.buffers)}
 
 
 def _attention(model: ModelSettings) -> Shapes:

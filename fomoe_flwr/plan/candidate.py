@@ -17,6 +17,7 @@ from fomoe_flwr.costs import (
     state_factor,
     token_flops,
 )
+from fomoe_flwr.parameters.shapes import num_sparse_layers
 from fomoe_flwr.plan.sites import NamedSite
 
 
@@ -77,7 +78,7 @@ class Model:
         self.headroom = headroom
         counts = parameter_counts(settings.model)
         self.shared = counts.shared
-        self.per_expert = counts.per_expert_per_layer * settings.model.num_layers
+        self.per_expert = counts.per_expert_per_layer * num_sparse_layers(settings.model)
         """Parameters that one resident of every layer adds."""
         self.buffers = num_buffers(settings.model)
         self.state_bytes = state_bytes(settings)

@@ -18,6 +18,7 @@ from fomoe_flwr import costs
 from fomoe_flwr.config import Settings
 from fomoe_flwr.files import check_folder, mark_folder
 from fomoe_flwr.layout import Layout, draw_layout
+from fomoe_flwr.parameters.shapes import num_sparse_layers
 
 BANDWIDTHS_MBPS = tuple(10 ** (n / 3) for n in range(3, 19))
 """10 Mb/s to 1 Tb/s."""
@@ -143,7 +144,7 @@ def _powers(axes: Axes, values: Sequence[int]) -> None:
 
 
 def _layout(settings: Settings) -> Layout:
-    shape = settings.model.num_layers, settings.model.num_experts
+    shape = num_sparse_layers(settings.model), settings.model.num_experts
     return draw_layout(settings.layout, *shape, settings.seed, 1)
 
 

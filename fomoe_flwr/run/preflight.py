@@ -14,6 +14,7 @@ from fomoe_flwr.layout import check_layout
 from fomoe_flwr.model.pretrained import check_pretrained
 from fomoe_flwr.parallel.batch_split import BatchSplit
 from fomoe_flwr.parallel.choice import num_processes
+from fomoe_flwr.parameters.shapes import num_sparse_layers
 from fomoe_flwr.run.directory import RunDirectory, claim_output_dir
 from fomoe_flwr.run.tracking import check_tracker
 from fomoe_flwr.worker.device import check_device, check_worker_memory, pick_device
@@ -22,7 +23,8 @@ from fomoe_flwr.worker.device import check_device, check_worker_memory, pick_dev
 def preflight(settings: Settings) -> None:
     """Check layout, device, text and output directory. Raises SettingsError or DataError."""
     model = settings.model
-    check_layout(settings.layout, model.num_layers, model.num_experts, layout_context(settings))
+    layers, context = num_sparse_layers(model), layout_context(settings)
+    check_layout(settings.layout, layers, model.num_experts, context)
     # Only here is the worker's machine known to be this one.
     is_here = settings.engine == "in_process"
     if settings.local.processes:

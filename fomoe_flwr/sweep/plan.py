@@ -18,6 +18,8 @@ from fomoe_flwr.costs import layout_context
 from fomoe_flwr.errors import InputError, one_line
 from fomoe_flwr.files import save_json
 from fomoe_flwr.layout import check_layout
+from fomoe_flwr.model.source import settle
+from fomoe_flwr.parameters.shapes import num_sparse_layers
 
 _LONGEST_NAME = 120
 _OWNED = ("output_dir", "resume")
@@ -145,9 +147,10 @@ def _job(overrides: Sequence[str], varying: Sequence[str]) -> Job:
     values = dict(word.split("=", 1) for word in overrides)
     varied = {key: values[key] for key in varying}
     try:
-        settings = load_settings(overrides)
+        settings = load_settings(overrides, settle)
         model = settings.model
-        check_layout(settings.layout, model.num_layers, model.num_experts, layout_context(settings))
+        layers, context = num_sparse_layers(model), layout_context(settings)
+        check_layout(settings.layout, layers, model.num_experts, context)
     except InputError as error:
         return Job(f"refused-{_digest(list(overrides))}", tuple(overrides), varied, str(error))
     return Job(job_name(settings, varied), tuple(overrides), varied)

@@ -25,7 +25,7 @@ from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.shards import FullTensors, local, parted_like, rows_here, whole
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.parameters.fragments import MOMENTS as _MOMENTS
-from fomoe_flwr.parameters.keys import is_expert_key, layer_of
+from fomoe_flwr.parameters.keys import is_expert_key, layer_of, sparse_layers
 from fomoe_flwr.worker.state_files import WEIGHTS
 from fomoe_flwr.worker.state_store import STATES, Stored
 
@@ -51,8 +51,12 @@ class InnerState:
     _ages: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._sparse = sparse_layers(name for name, _ in self.model.named_parameters())
         if not self._ages:
             self._ages = [torch.zeros(len(r), dtype=torch.long) for r in self.residents]
+
+    def _layer_of(self, key: str) -> int:
+        return self._sparse.index(layer_of(key))
 
     def step(self, rate: float) -> None:
         """Take one optimizer step; give experts younger than the worker the step of their age."""
@@ -90,7 +94,7 @@ class InnerState:
         for name, parameter in self.model.named_parameters():
             if not is_expert_key(name, self.routing) or not parameter.numel():
                 continue
-            ages = self._ages[layer_of(name)]
+            ages = self._ages[self._layer_of(name)]
             bias = self._bias(ages + 1) / self._bias(ages.max()[None] + 1)
             warmup = torch.ones_like(bias)
             num_warm = self.settings.fresh_expert_warmup_steps
@@ -218,12 +222,12 @@ class InnerState:
             if not parameter.numel():
                 continue
             is_expert = is_expert_key(name, self.routing)
-            step = int(self._ages[layer_of(name)].max()) if is_expert else self._steps
+            step = int(self._ages[self._layer_of(name)].max()) if is_expert else self._steps
             state: dict[str, Tensor] = {"step": torch.tensor(float(step), device=parameter.device)}
             for moment in _MOMENTS:
                 value = stored.get_tensor(f"{moment}/{name}")
                 if is_expert:
-                    value = _rows(value, origin[layer_of(name)])
+                    value = _rows(value, origin[self._layer_of(name)])
                 state[moment] = parted_like(parameter, value)
             self.optimizer.state[parameter] = state
 

@@ -31,6 +31,7 @@ from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import cast_parameters
+from fomoe_flwr.parameters.shapes import num_sparse_layers
 from fomoe_flwr.worker.heap import held_heap
 from fomoe_flwr.worker.trainer import LocalTrainer
 from fomoe_flwr.worker.training_model import TrainingModel
@@ -276,7 +277,7 @@ def _residents(settings: Settings, share: float) -> Residents:
     generator = torch.Generator().manual_seed(settings.seed + 1)
     return [
         sorted(torch.randperm(model.num_experts, generator=generator)[:count].tolist())
-        for _ in range(model.num_layers)
+        for _ in range(num_sparse_layers(model))
     ]
 
 

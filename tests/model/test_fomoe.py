@@ -26,8 +26,9 @@ from transformers import (
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.data.tokenizer import train_tokenizer
 from fomoe_flwr.model import fomoe
+from fomoe_flwr.model.blocks import moe_blocks
 from fomoe_flwr.model.families import transformers_config
-from fomoe_flwr.model.residency import build_model, moe_blocks
+from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.model.state import state_of
 from fomoe_flwr.run.export import export_model
@@ -142,8 +143,8 @@ def test_tokens_of_ghosts_only_give_finite_values_and_gradients() -> None:
 
 def test_a_batch_without_any_resident_choice_still_trains() -> None:
     model = model_of(SHAPE, residents=((0,), (5,))).train()
-    for _, block in moe_blocks(model):
-        block.gate.e_score_correction_bias[:] = torch.tensor([-9.0, 0, 0, 0, 0, -9.0])
+    for block in moe_blocks(model):
+        block.router.e_score_correction_bias[:] = torch.tensor([-9.0, 0, 0, 0, 0, -9.0])
     probe = RouterProbe(model, SHAPE.num_experts, ((0,), (5,)))
     token_loss(model, IDS).backward()
     assert probe.counts.all_ghost_fraction == 1
@@ -152,8 +153,8 @@ def test_a_batch_without_any_resident_choice_still_trains() -> None:
 
 def test_the_balance_loss_takes_sigmoid_scores_normalised_over_the_experts() -> None:
     model, seen = model_of().train(), []
-    for _, block in moe_blocks(model):
-        block.gate.register_forward_hook(lambda _m, _i, out: seen.append((out[0], out[-1])))
+    for block in moe_blocks(model):
+        block.router.register_forward_hook(lambda _m, _i, out: seen.append((out[0], out[-1])))
     probe = RouterProbe(model, SHAPE.num_experts)
     model(input_ids=IDS, use_cache=False)
     by_hand = []

@@ -228,7 +228,8 @@ def test_published_configurations_are_understood(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "has model_type=gpt2, expected one of olmoe, qwen3_moe"),
+        ({"model_type": "gpt2"}, "has model_type=gpt2, the settings have model.family=olmoe"),
+        ({"model_type": "gpt9"}, "has model_type=gpt9, which transformers"),
         ({"clip_qkv": 8.0}, "has clip_qkv=8.0, the settings expect None: no setting expresses it"),
         ({"hidden_size": 32}, "has hidden_size=32, the settings expect 16; set model.hidden_size"),
         ({"intermediate_size": 4}, "intermediate_size=4, the settings expect 8; set model.expert_"),

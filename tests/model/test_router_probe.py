@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_block import OneBlock
 from micro import micro_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from fomoe_flwr.model.blocks import moe_blocks
 from fomoe_flwr.model.families import transformers_config
-from fomoe_flwr.model.residency import Residents, build_model, moe_blocks
+from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.worker.training_model import token_loss
 
@@ -26,30 +28,12 @@ class Routers:
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[tuple[int, list[list[float]], list[list[int]]]] = []
-        for layer, block in moe_blocks(model):
-            block.gate.register_forward_hook(
+        for layer, block in enumerate(moe_blocks(model)):
+            block.router.register_forward_hook(
                 lambda _m, _i, out, layer=layer: self.calls.append(
                     (layer, out[0].tolist(), out[2].tolist())
                 )
             )
-
-
-class FakeModel(nn.Module):
-    """One MoE layer whose router returns the logits it is given."""
-
-    def __init__(self, top_k: int) -> None:
-        super().__init__()
-
-        class Gate(nn.Module):
-            def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                return logits, *logits.softmax(-1).topk(top_k)
-
-        block = nn.Module()
-        block.gate, block.experts = Gate(), nn.Module()
-        self.layers = nn.ModuleList([nn.ModuleDict({"mlp": block})])
-
-    def forward(self, logits: Tensor) -> None:
-        self.layers[0]["mlp"].gate(logits)
 
 
 def model_of(routing: str = "skip_token", residents: Residents | None = None) -> PreTrainedModel:
@@ -169,12 +153,12 @@ def test_balance_loss_moves_every_router_row_also_those_of_ghosts() -> None:
     probe = RouterProbe(model, SHAPE.num_experts, RESIDENTS)
     run(model, 0)
     probe.losses().balance.backward()
-    for _, block in moe_blocks(model):
-        assert (block.gate.weight.grad.abs().sum(-1) > 0).all()
+    for block in moe_blocks(model):
+        assert (block.router.weight.grad.abs().sum(-1) > 0).all()
 
 
 def test_perfect_balance_with_uniform_probability_costs_one() -> None:
-    model = FakeModel(top_k=1)
+    model = OneBlock(4, 4, top_k=1)
     probe = RouterProbe(model, 4)
     model(1e-4 * torch.eye(4))
     assert probe.counts.load.tolist() == [[1, 1, 1, 1]]
@@ -182,14 +166,14 @@ def test_perfect_balance_with_uniform_probability_costs_one() -> None:
 
 
 def test_a_collapsed_router_costs_the_number_of_experts() -> None:
-    model = FakeModel(top_k=1)
+    model = OneBlock(4, 4, top_k=1)
     probe = RouterProbe(model, 4)
     model(torch.tensor([[0.0, 100.0, 0.0, 0.0]] * 8))
     assert probe.losses().balance.item() == pytest.approx(4.0, rel=1e-6)
 
 
 def test_balance_loss_by_hand() -> None:
-    model = FakeModel(top_k=2)
+    model = OneBlock(3, 3, top_k=2)
     probe = RouterProbe(model, 3)
     model(torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]]).log())
     share, probability = [2 / 4, 1 / 4, 1 / 4], [0.55, 0.2, 0.25]

@@ -8,14 +8,16 @@ from itertools import combinations
 
 import pytest
 import torch
+from fake_block import OneBlock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro import micro_model
 from torch import Tensor, nn
 
 from fomoe_flwr.model import routing_metrics as measure
+from fomoe_flwr.model.blocks import moe_blocks
 from fomoe_flwr.model.families import transformers_config
-from fomoe_flwr.model.residency import build_model, moe_blocks
+from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RouterProbe, RoutingCounts, chosen_experts
 
 LOADS = st.lists(st.integers(0, 1000), min_size=2, max_size=12).filter(any)
@@ -86,28 +88,6 @@ def test_the_closed_forms_at_their_ends() -> None:
     assert measure.uniform_all_ghost_share(8, 7, 2) == 0
 
 
-class Gate(nn.Module):
-    """A router that chooses every set of `top_k` experts with the same probability."""
-
-    def __init__(self, top_k: int) -> None:
-        super().__init__()
-        self.top_k = top_k
-
-    def forward(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return logits_TE, *logits_TE.softmax(-1).topk(self.top_k)
-
-
-class Layer(nn.Module):
-    """A MoE block that holds the first experts, and ends after its router."""
-
-    def __init__(self, num_experts: int, num_residents: int, top_k: int) -> None:
-        super().__init__()
-        self.gate, self.experts = Gate(top_k), nn.Module()
-        self.experts.num_experts = num_residents
-        slots = torch.arange(num_experts).clamp(max=num_residents)
-        self.experts.register_buffer("slot_of_expert", slots)
-
-
 @pytest.mark.parametrize(
     ("num_experts", "residents", "top_k"),
     [(8, 4, 2), (8, 1, 2), (16, 8, 4), (12, 6, 2), (32, 4, 8)],
@@ -117,11 +97,10 @@ def test_uniform_routing_meets_the_closed_forms_within_four_sigma(
     num_experts: int, residents: int, top_k: int, seed: int
 ) -> None:
     tokens = 20_000
-    model = nn.Module()
-    model.layers = nn.ModuleList([nn.ModuleDict({"mlp": Layer(num_experts, residents, top_k)})])
+    model = OneBlock(num_experts, residents, top_k)
     probe = RouterProbe(model, num_experts)
     generator = torch.Generator().manual_seed(seed)
-    model.layers[0]["mlp"].gate(torch.rand(tokens, num_experts, generator=generator))
+    model(torch.rand(tokens, num_experts, generator=generator))
 
     share = measure.uniform_ghost_share(num_experts, residents)
     # A token's number of ghosts is hypergeometric: its choices are distinct.
@@ -315,8 +294,8 @@ def test_choices_are_those_of_the_routers_under_global_ids(
     probe.close()
 
     seen = {}
-    for layer, block in moe_blocks(model):
-        block.gate.register_forward_hook(
+    for layer, block in enumerate(moe_blocks(model)):
+        block.router.register_forward_hook(
             lambda _m, _i, out, layer=layer: seen.update({layer: out[-1].tolist()})
         )
     model.eval()(input_ids=windows, use_cache=False)

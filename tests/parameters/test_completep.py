@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fomoe_flwr.config import LocalSettings, ModelSettings, RoutingMode, load_settings
-from fomoe_flwr.model.families import FAMILIES, transformers_config
+from fomoe_flwr.model.families import FAMILIES, model_class, transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.parameters.completep import Multipliers, multipliers
 from fomoe_flwr.worker.inner_state import InnerState
@@ -70,7 +70,7 @@ def test_decay_per_step_does_not_depend_on_width() -> None:
 def test_groups_of_the_100b_model() -> None:
     model = load_settings(["model=paper-100b"]).model
     with torch.device("meta"):
-        built = FAMILIES["fomoe"].model_class(transformers_config(model, 2048))
+        built = model_class("fomoe")(transformers_config(model, 2048))
     local = LocalSettings(lr=0.01, eps=1e-8, weight_decay=0.5)
     groups = make_optimizer(built, local).param_groups
     found = {(g["lr_multiplier"], g["weight_decay"]): len(g["params"]) for g in groups}

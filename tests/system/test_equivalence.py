@@ -38,8 +38,9 @@ from torch import nn
 from fomoe_flwr.aggregation.holder_mean import HolderMean
 from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import OuterSettings, Settings
+from fomoe_flwr.model.blocks import moe_blocks
 from fomoe_flwr.model.families import transformers_config
-from fomoe_flwr.model.residency import Residents, moe_blocks
+from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import StateSpec, state_of
 from fomoe_flwr.worker.optimizer import learning_rate
 
@@ -52,13 +53,13 @@ MODES = ["skip_token", "partitioned"]
 def silence(model: nn.Module, held: Residents) -> None:
     """Make the ghosts of a stock model add nothing."""
     with torch.no_grad():
-        for layer, block in moe_blocks(model):
+        for layer, block in enumerate(moe_blocks(model)):
             for expert in set(range(EXPERTS)) - set(held[layer]):
                 block.experts.down_proj[expert] = 0.0
 
 
 def forget_ghost_gradients(model: nn.Module, held: Residents) -> None:
-    for layer, block in moe_blocks(model):
+    for layer, block in enumerate(moe_blocks(model)):
         for expert in set(range(EXPERTS)) - set(held[layer]):
             block.experts.down_proj.grad[expert] = 0.0
             block.experts.gate_up_proj.grad[expert] = 0.0

@@ -24,8 +24,9 @@ from fomoe_flwr.config import (
     BalanceSettings,
     ModelSettings,
 )
+from fomoe_flwr.model.blocks import moe_blocks
 from fomoe_flwr.model.families import transformers_config
-from fomoe_flwr.model.residency import build_model, moe_blocks
+from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.router_probe import RouterProbe
 from fomoe_flwr.worker.training_model import token_loss
 
@@ -49,8 +50,8 @@ def router_outputs(model: nn.Module, windows: Tensor) -> list[tuple[Tensor, Tens
     """Return (logits, chosen) of every router for one batch."""
     outputs: list[tuple[Tensor, Tensor]] = []
     handles = [
-        block.gate.register_forward_hook(lambda _m, _i, out: outputs.append((out[0], out[-1])))
-        for _, block in moe_blocks(model)
+        block.router.register_forward_hook(lambda _m, _i, out: outputs.append((out[0], out[-1])))
+        for block in moe_blocks(model)
     ]
     token_loss(model, windows)
     for handle in handles:
@@ -121,13 +122,14 @@ def test_selection_biases_move_towards_the_experts_with_too_little_load(
     shape = replace(of_family(SHAPE, family), routing=routing)
     model = build_model(shape, transformers_config(shape, 8), RESIDENTS, seed=1)
     chosen: list[dict[int, Tensor]] = []
-    for layer, block in moe_blocks(model):
-        block.gate.register_forward_hook(
+    for layer, block in enumerate(moe_blocks(model)):
+        block.router.register_forward_hook(
             lambda _m, _i, out, layer=layer: chosen.append({layer: out[-1].flatten()})
         )
     steps, accumulate, rate = 3, 2, 0.01
     before = {
-        layer: block.gate.e_score_correction_bias.clone() for layer, block in moe_blocks(model)
+        layer: block.router.e_score_correction_bias.clone()
+        for layer, block in enumerate(moe_blocks(model))
     }
     trainer_of(
         model,
@@ -137,7 +139,7 @@ def test_selection_biases_move_towards_the_experts_with_too_little_load(
         balance=BalanceSettings(loss=0.0, bias_rate=rate),
     ).train(steps)
     signs = set()
-    for layer, block in moe_blocks(model):
+    for layer, block in enumerate(moe_blocks(model)):
         expected = before[layer].clone()
         calls = [call[layer] for call in chosen if layer in call]
         assert len(calls) == steps * accumulate
@@ -150,7 +152,9 @@ def test_selection_biases_move_towards_the_experts_with_too_little_load(
                 sign = (count < mean) - (count > mean)
                 expected[expert] += rate * sign
                 signs.add(sign)
-        torch.testing.assert_close(block.gate.e_score_correction_bias, expected, rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            block.router.e_score_correction_bias, expected, rtol=0, atol=1e-7
+        )
     assert {-1, 1} <= signs
 
 
@@ -160,5 +164,5 @@ def test_without_a_bias_rate_biases_stay(
     shape = of_family(SHAPE, "fomoe")
     model = build_model(shape, transformers_config(shape, 8), RESIDENTS, seed=1)
     run(model, LOCAL, list(WINDOWS))
-    for _, block in moe_blocks(model):
-        assert block.gate.e_score_correction_bias.eq(0).all()
+    for block in moe_blocks(model):
+        assert block.router.e_score_correction_bias.eq(0).all()

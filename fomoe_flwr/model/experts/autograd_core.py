@@ -1,33 +1,37 @@
-"""The plain core: PyTorch's own gradients, any activation."""
+"""The plain core: PyTorch's own gradients, any form."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe_flwr.model.experts.dispatch import Dispatch
+from fomoe_flwr.model.experts.form import Form, partial_gate, resident_of_row, rows_of
 
 
 def autograd_experts(
     x_TD: Tensor,
     weight_TK: Tensor,
-    up_RFD: Tensor,
-    down_RDF: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias_RF: Tensor | None,
+    down_bias_RD: Tensor | None,
     dispatch: Dispatch,
-    act: Callable[[Tensor], Tensor],
-    has_gate: bool,
+    form: Form,
 ) -> Tensor:
     """Sum the residents' outputs, weighted by the gate; see `resident_experts`."""
     x_ND = x_TD.index_select(0, dispatch.token_N)
-    inner_NF = F.grouped_mm(x_ND, up_RFD.transpose(-2, -1), offs=dispatch.ends_R)
-    if has_gate:
-        gate_NF, up_NF = inner_NF.chunk(2, -1)
-        inner_NF = act(gate_NF) * up_NF
-    else:
-        inner_NF = act(inner_NF)
-    y_ND = F.grouped_mm(inner_NF, down_RDF.transpose(-2, -1), offs=dispatch.ends_R)
+    inner_NF = F.grouped_mm(x_ND, form.up(up), offs=dispatch.ends_R)
+    if up_bias_RF is not None:
+        inner_NF = inner_NF + rows_of(up_bias_RF, resident_of_row(dispatch))
+    act_NF = _silu(form)(inner_NF) if form.activate is None else form.activate(inner_NF)
+    y_ND = F.grouped_mm(act_NF, form.down(down), offs=dispatch.ends_R)
+    if down_bias_RD is not None:
+        y_ND = y_ND + rows_of(down_bias_RD, resident_of_row(dispatch))
     y_ND = y_ND * weight_TK.reshape(-1).index_select(0, dispatch.order_N)[:, None]
     return torch.zeros_like(x_TD).index_add(0, dispatch.token_N, y_ND.to(x_TD.dtype))
+
+
+def _silu(form: Form):  # type: ignore[no-untyped-def]
+    return partial_gate(F.silu) if form.has_gate else F.silu
