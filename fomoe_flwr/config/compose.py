@@ -238,7 +238,7 @@ def _given(key: str, error: ValidationError, overrides: Iterable[Override]) -> s
 def _composed(overrides: Sequence[Override]) -> Settings:
     for override in overrides:
         _check_choice(override)
-    words = [str(override.input_line) for override in overrides]
+    words = [str(override.input_line) for override in overrides if not _is_entry(override)]
     # Flower's simulation actors and in-process runs reuse processes, and Hydra's state is global.
     GlobalHydra.instance().clear()
     try:
@@ -252,7 +252,14 @@ def _composed(overrides: Sequence[Override]) -> Settings:
         raise _override_error(error, overrides) from error
     finally:
         GlobalHydra.instance().clear()
+    for override in filter(_is_entry, overrides):
+        OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
     return _typed(composed, overrides)
+
+
+def _is_entry(override: Override) -> bool:
+    """Tell an override of `model.entries`, whose names Hydra cannot know."""
+    return f"{override.key_or_group}.".startswith("model.entries.")
 
 
 def _check_choice(override: Override) -> None:

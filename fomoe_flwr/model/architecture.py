@@ -44,7 +44,7 @@ def fresh_settings(model: ModelSettings, own: Iterable[str]) -> ModelSettings:
     """
     kind = config_class(model.config)
     known, entries = _known_entries(kind), dict[str, Any]()
-    for name in sorted({*own, "vocab_size"} & ENTRIES_OF.keys()):
+    for name in sorted(set(own) & ENTRIES_OF.keys()):
         found = [entry for entry in ENTRIES_OF[name] if entry in known]
         if not found:
             raise SettingsError(
@@ -80,6 +80,11 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
     form, down = form_of(first.experts), first.experts.down_proj
     asked = trial(blocks[-1].router, config.hidden_size)
     top_k = asked[2].shape[1] if asked else _entry(config, "top_k")
+    if not top_k:
+        raise SettingsError(
+            f"a {config.model_type} configuration says not how many experts a token takes: set "
+            "model.top_k"
+        )
     shape: dict[str, Any] = {
         "name": config.model_type,
         "family": config.model_type,
@@ -98,7 +103,7 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
     shape["num_kv_heads"] = _entry(config, "num_kv_heads") or shape.get("num_heads", 1)
     shape["head_size"] = _entry(config, "head_size") or 0
     architecture = {
-        "config": _plain(config.to_diff_dict() | {"model_type": config.model_type}),
+        "config": _plain(config.to_dict() | {"model_type": config.model_type}),
         "groups": _groups(model),
         "has_bias": first.bias is not None,
         "attended": _attended(config, shape),
@@ -120,14 +125,15 @@ def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:
     parameters = dict(model.named_parameters())
     persistent = model.state_dict(keep_vars=True)
     buffers = {key: value for key, value in model.named_buffers() if key in persistent}
-    layers: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for place, tensors in enumerate((parameters, buffers)):
+    layers: dict[int, dict[str, dict[str, list[int]]]] = {}
+    for kind, tensors in (("parameters", parameters), ("buffers", buffers)):
         for key, value in tensors.items():
             number = layer_of(key) if has_layer(key) else -1
-            layers.setdefault(number, ({}, {}))[place][key] = list(value.shape)
+            layer = layers.setdefault(number, {"parameters": {}, "buffers": {}})
+            layer[kind][key] = list(value.shape)
     groups: dict[str, dict[str, Any]] = {}
     for number in sorted(layers):
-        own, kept = layers[number]
+        own, kept = layers[number]["parameters"], layers[number]["buffers"]
         # Alike are layers whose names differ in the number alone.
         shapes = {**own, **kept}.items()
         alike = repr([(key.replace(f".{number}.", ".#.", 1), shape) for key, shape in shapes])
@@ -140,14 +146,21 @@ def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:
 def _attended(config: PreTrainedConfig, shape: dict[str, Any]) -> int:
     """Return the widths of a key and a value of an attention head."""
     head = shape["head_size"] or shape["hidden_size"] // max(1, shape.get("num_heads") or 1)
-    nope, rope = (getattr(config, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
+    nope, rope = (_read(config, f"qk_{part}_head_dim") for part in ("nope", "rope"))
     key = nope + rope if nope and rope else head
-    return int(key + (getattr(config, "v_head_dim", None) or head))
+    return int(key + (_read(config, "v_head_dim") or head))
 
 
 def _entry(config: PreTrainedConfig, name: str) -> Any:
-    found = (getattr(config, entry, None) for entry in ENTRIES_OF[name])
+    found = (_read(config, entry) for entry in ENTRIES_OF[name])
     return next((value for value in found if value is not None), None)
+
+
+def _read(config: PreTrainedConfig, entry: str) -> Any:
+    try:
+        return getattr(config, entry, None)
+    except Exception:  # an entry of its own for each layer
+        return None
 
 
 def _known_entries(kind: type[PreTrainedConfig]) -> set[str]:

@@ -1,7 +1,8 @@
 """Causal attention over full windows: transformers' SDPA without its masks.
 
-Training windows have no padding, so causality is all there is to mask. transformers leaves its mask
-out too, but not while a CUDA graph is captured: then the captured step would be another one.
+Training windows have no padding, so causality is all there is to mask, where every layer attends to
+the whole window. transformers leaves its mask out too, but not while a CUDA graph is captured: then
+the captured step would be another one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,26 @@ def _causal(
 
 
 def attend_to_full_windows(model: PreTrainedModel) -> None:
-    """Make a model that is only ever given full windows attend without masks."""
+    """Make a model that is only ever given full windows attend without masks, if it may."""
+    if not is_causal_only(model):
+        return
     AttentionInterface.register(IMPLEMENTATION, _causal)
     model.set_attn_implementation(IMPLEMENTATION)
+
+
+def is_causal_only(model: PreTrainedModel) -> bool:
+    """Tell whether causality is the only mask of every layer, and SDPA the attention.
+
+    What FlashAttention can do is causal, whole or in a sliding window; windows stand in the
+    configuration. Attention that chooses its tokens supports no FlashAttention.
+    """
+    config = model.config
+    kinds = getattr(config, "layer_types", None)
+    slides = getattr(config, "sliding_window", None) if kinds is None else None
+    return (
+        config._attn_implementation == "sdpa"
+        and bool(getattr(model, "_supports_flash_attn", False))
+        and set(kinds or ()) <= {"full_attention", "attention", "linear_attention", "mamba", "conv"}
+        and not slides
+        and not getattr(config, "attention_chunk_size", None)
+    )

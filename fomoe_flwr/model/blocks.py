@@ -66,7 +66,7 @@ class MoeBlock:
             value
             for module in (self.router, self.owner)
             for name, value in (*module.named_parameters(), *module.named_buffers())
-            if name.rpartition(".")[2] == "e_score_correction_bias"
+            if name.rpartition(".")[2] in ("e_score_correction_bias", "expert_bias")
         ]
         return found[0] if found else None
 

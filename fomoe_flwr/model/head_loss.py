@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from fomoe_flwr.config.execution import CHUNK_BYTES
 
@@ -41,6 +43,41 @@ def head_loss(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, multiplier: 
     needs_gradient = torch.is_grad_enabled()
     loss: Tensor = _HeadLoss.apply(hidden_TD, head_VD, target_T, multiplier, needs_gradient)
     return loss
+
+
+def logit_multiplier(model: PreTrainedModel) -> float | None:
+    """Return c of a model whose logits are c * hidden @ head.T; None for one whose are not.
+
+    Asks the model for the logits of made-up hidden states with a small head of the same kind, so it
+    may lie on the meta device. Families scale, shift or cap their logits, each in its own place.
+    """
+    head, trunk = model.get_output_embeddings(), model.base_model
+    if type(head) is not nn.Linear or trunk is model:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    width = head.in_features
+    with torch.device("cpu"):
+        small = nn.Linear(width, 4, bias=head.bias is not None)
+        hidden_BSD = torch.randn(1, 8, width, generator=generator)
+        nn.init.normal_(small.weight, std=4 * width**-0.5, generator=generator)
+    if small.bias is not None:
+        nn.init.ones_(small.bias)
+    answer = MoeModelOutputWithPast(last_hidden_state=hidden_BSD)
+    vars(trunk)["forward"] = lambda *_, **__: answer
+    model.set_output_embeddings(small)
+    try:
+        with torch.no_grad():
+            ids = torch.zeros(1, 8, dtype=torch.long)
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
+        return None
+    finally:
+        model.set_output_embeddings(head)
+        del vars(trunk)["forward"]
+    plain = hidden_BSD @ small.weight.t()
+    multiplier = float((logits * plain).sum() / plain.square().sum())
+    is_linear = torch.allclose(logits, multiplier * plain, rtol=1e-3, atol=1e-3 * multiplier)
+    return multiplier if is_linear else None
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -26,6 +26,7 @@ from fomoe_flwr.model.blocks import (
 )
 from fomoe_flwr.model.experts import IMPLEMENTATION, register
 from fomoe_flwr.model.families import class_of
+from fomoe_flwr.model.head_loss import logit_multiplier
 from fomoe_flwr.parameters.keys import is_expert_key
 
 Residents = Sequence[Sequence[int]]
@@ -61,6 +62,7 @@ def build_model(
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         built = class_of(config)._from_config(config, experts_implementation=IMPLEMENTATION)
     blocks = _known(built, model)
+    built.logit_multiplier = logit_multiplier(built)
     if residents is not None:
         _cut(built, blocks, model, residents)
     if arrange is not None:
@@ -126,17 +128,15 @@ def _cut(
                 persistent=False,
             )
     for block in blocks:
-        for prefix, module in (("", block.experts), (block.router_key, block.router)):
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                if name == "slot_of_expert" or (
-                    prefix and not is_expert_key(prefix + name, routing)
-                ):
-                    continue
-                owner_name, _, leaf = name.rpartition(".")
+        inside = (*block.owner.named_parameters(), *block.owner.named_buffers())
+        for name, tensor in inside:
+            is_expert = is_expert_key(f"{block.path}.{name}", routing)
+            owner_name, _, leaf = name.rpartition(".")
+            if is_expert and leaf != "slot_of_expert":
                 shape = (rows_of_layer[block.layer], *tensor.shape[1:])
                 cut = torch.empty(shape, dtype=tensor.dtype, device="meta")
                 value = nn.Parameter(cut) if isinstance(tensor, nn.Parameter) else cut
-                setattr(module.get_submodule(owner_name), leaf, value)
+                setattr(block.owner.get_submodule(owner_name), leaf, value)
         block.experts.num_experts = rows_of_layer[block.layer]
     if routing is RoutingMode.PARTITIONED:
         _check_narrowed(model, blocks, settings)

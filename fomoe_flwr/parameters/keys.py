@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from fomoe_flwr.config import RoutingMode
 
 _EXPERT_KEY = re.compile(r"\.layers\.(\d+)\.(?:\w+\.)?experts\.")
-_ROUTER_KEY = re.compile(r"\.layers\.(\d+)\.(?:\w+\.)?(?:gate|router)\.")
+_ROUTER_KEY = re.compile(
+    r"\.layers\.(\d+)\.(?:\w+\.)?(?:(?:gate|router)\.|(?:e_score_correction|expert)_bias$)"
+)
+"""Some blocks keep the selection bias of their router themselves."""
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 

@@ -82,15 +82,15 @@ def token_loss(
 ) -> Tensor:
     """Return the mean cross entropy (nats per token) of [B, S + 1] windows.
 
-    With `chunked` the logits of all tokens never exist at once; see `model.head_loss`.
+    With `chunked` the logits of all tokens never exist at once, if they are a plain product of
+    hidden states and head; see `model.head_loss`.
     """
     ids, targets = windows[:, :-1], windows[:, 1:].flatten()
     with torch.autocast(windows.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        if not chunked:
+        multiplier: float | None = getattr(model, "logit_multiplier", None)
+        if not chunked or multiplier is None:
             logits = model(input_ids=ids, use_cache=False).logits
             return F.cross_entropy(logits.flatten(0, 1).float(), targets)
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         head: Any = model.get_output_embeddings()
-        # The paper's class divides its logits by the width's multiplier.
-        multiplier = getattr(model, "multiplier", 1.0)
         return head_loss(hidden.flatten(0, 1), head.weight, targets, multiplier)

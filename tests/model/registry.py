@@ -92,7 +92,7 @@ _OWN: dict[str, dict[str, Any]] = {
 
 def families() -> list[str]:
     """List the model types whose causal language model has the experts interface."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for kind, name in CONFIG_MAPPING.items():
         if name not in MODEL_FOR_CAUSAL_LM_MAPPING:
             continue
@@ -103,14 +103,13 @@ def families() -> list[str]:
         if is_text and "@use_experts_implementation" in source:
             # A model of pictures and text has its text part's class, under a second name.
             found.setdefault(model.__name__, []).append(kind)
-    return sorted(min(kinds, key=lambda k: (not k.endswith("_text"), len(k))) for kinds in found.values())
+    return sorted(max(kinds, key=lambda kind: kind.endswith("_text")) for kinds in found.values())
 
 
 def tiny(family: str) -> PreTrainedConfig:
     """Return a tiny configuration of a family."""
     kind = CONFIG_MAPPING[family]
-    parameters = inspect.signature(kind.__init__).parameters
-    known = set(parameters) | set(kind.attribute_map) | set(getattr(kind, "__dataclass_fields__", {}))
+    known = set(inspect.signature(kind.__init__).parameters) | set(kind.attribute_map)
     entries = {name: value for name, value in _TINY.items() if name in known}
     if "qk_rope_head_dim" in entries:  # latent attention: its heads have two widths
         entries |= {"num_key_value_heads": 4}

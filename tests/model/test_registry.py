@@ -17,7 +17,7 @@ from registry import EXPERTS, HIDDEN, VOCABULARY, families, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fomoe_flwr.config import LocalSettings, ModelSettings, Settings, SettingsError
+from fomoe_flwr.config import LocalSettings, ModelSettings, Settings
 from fomoe_flwr.errors import InputError
 from fomoe_flwr.model.architecture import described_settings
 from fomoe_flwr.model.blocks import moe_blocks
@@ -25,6 +25,7 @@ from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import class_of, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import StateSpec, load_state, state_of
+from fomoe_flwr.parameters.keys import layer_of
 from fomoe_flwr.parameters.shapes import buffer_shapes, parameter_shapes
 from fomoe_flwr.worker.optimizer import make_optimizer
 from fomoe_flwr.worker.training_model import token_loss
@@ -36,8 +37,13 @@ REFUSED = {
 """Families that are refused, and why."""
 
 NOT_PARTITIONED = {
-    "deepseek_v4": "",
+    "deepseek_v4": "its router has tid2eid, which has no row for each expert",
+    "ernie4_5_moe": r"moe_statics\.e_score_correction_bias, which has no row for each expert",
+    "gemma4_text": "its router has scale, which has no row for each expert",
+    "inkling_text": "its router has weight, which has no row for each expert",
 }
+"""Families that are refused with `model.routing=partitioned` only."""
+
 LENGTH = 24
 """More than the sliding windows of 8."""
 
@@ -67,30 +73,34 @@ def stock(family: str) -> PreTrainedModel:
                 value.normal_(std=HIDDEN**-0.5)
             if "experts" in name and "shared" not in name and value.dim() == 3:
                 value.mul_(5)
+        for value in made.buffers():
+            if value.dtype == torch.long and value.dim() == 2:  # the experts of each word
+                rows = torch.arange(len(value))[:, None] + torch.arange(value.shape[1])
+                value.copy_(rows % EXPERTS)
     return made
 
 
-def ours(family: str, weights: dict[str, Tensor], residents: Residents | None = None, **changes: str) -> PreTrainedModel:
+def ours(
+    family: str, weights: dict[str, Tensor], residents: Residents | None = None, **changes: str
+) -> PreTrainedModel:
     shape = replace(settings_of(family), **changes)
     made = build_model(shape, config_of(family), residents)
     load_state(made, cut(made, weights, residents))
     return made
 
 
-def cut(model: PreTrainedModel, weights: dict[str, Tensor], residents: Residents | None) -> dict[str, Tensor]:
+def cut(
+    model: PreTrainedModel, weights: dict[str, Tensor], residents: Residents | None
+) -> dict[str, Tensor]:
     """Take the rows of the residents where a model has no others."""
-    if residents is None:
-        return weights
-    spec_rows = {}
-    blocks = list(moe_blocks(model))
-    for key, value in state_of(model).items():
-        whole = weights[key]
-        row = next((i for i, b in enumerate(blocks) if f".{b.layer}." in key), None)
-        if value.shape != whole.shape:
-            assert row is not None
-            whole = whole[list(residents[row])]
-        spec_rows[key] = whole
-    return spec_rows
+    row_of = {block.layer: row for row, block in enumerate(moe_blocks(model))}
+    held = {}
+    for key, own in state_of(model).items():
+        if key in weights and residents is not None and own.shape != weights[key].shape:
+            held[key] = weights[key][list(residents[row_of[layer_of(key)]])]
+        elif key in weights:
+            held[key] = weights[key]
+    return held
 
 
 def half(family: str) -> Residents:
@@ -122,7 +132,7 @@ def ghosts_skipped(model: nn.Module, residents: Residents) -> Iterator[None]:
 
 def outcome(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
     """Return logits and gradients of a loss that depends on all of them."""
-    model.train()
+    model.eval()  # phimoe draws at random when it trains
     logits = model(input_ids=words(), use_cache=False).logits
     probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9))
     (logits * probe).sum().backward()
@@ -131,7 +141,7 @@ def outcome(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
 
 def assert_close(got: Tensor, want: Tensor, what: str) -> None:
     scale = float(want.abs().max()) + 1e-6
-    torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=2e-4, msg=lambda m: what + m)
+    torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=1e-3, msg=lambda m: what + m)
 
 
 def known(family: str) -> None:
@@ -164,8 +174,8 @@ def test_ghosts_add_nothing(family: str) -> None:
     model = ours(family, weights, residents)
     got, own = outcome(model)
     assert_close(got, logits, "logits")
-    for key, gradient in cut(model, gradients | {k: v for k, v in weights.items() if k not in gradients}, residents).items():
-        if key in gradients and key in own:
+    for key, gradient in cut(model, gradients, residents).items():
+        if key in own:
             assert_close(own[key], gradient, key)
     apart = (logits - outcome(ours(family, weights))[0]).abs().max()
     assert apart > 1e-3 * logits.abs().max()
@@ -174,12 +184,13 @@ def test_ghosts_add_nothing(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_step_that_is_prepared_has_the_stock_loss(family: str) -> None:
     known(family)
-    reference = stock(family).train()
-    model = ours(family, state_of(reference)).train()
+    reference = stock(family).eval()
+    model = ours(family, state_of(reference)).eval()
     Execution(experts="fused").prepare(model)
     want = token_loss(reference, words())
     for chunked in (False, True):
-        torch.testing.assert_close(token_loss(model, words(), chunked=chunked), want, rtol=1e-4, atol=1e-5)
+        loss = token_loss(model, words(), chunked=chunked)
+        torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,12 +198,11 @@ def test_the_step_that_is_prepared_has_the_stock_loss(family: str) -> None:
 def test_half_of_the_experts_trains(family: str, routing: str) -> None:
     known(family)
     reference, residents = stock(family), half(family)
-    try:
-        model = ours(family, state_of(reference), residents, routing=routing).train()
-    except InputError as refusal:
-        assert routing == "partitioned"
-        assert "model.routing=partitioned is not possible" in str(refusal)
-        pytest.skip(str(refusal))
+    if routing == "partitioned" and family in NOT_PARTITIONED:
+        with pytest.raises(InputError, match=NOT_PARTITIONED[family]) as refusal:
+            ours(family, state_of(reference), residents, routing=routing)
+        pytest.skip(f"refused: {refusal.value}")
+    model = ours(family, state_of(reference), residents, routing=routing).train()
     optimizer = make_optimizer(model, LocalSettings(lr=1e-3))
     losses = []
     for _ in range(3):
@@ -209,7 +219,9 @@ def test_shapes_in_the_settings_are_the_stock_class_s(family: str) -> None:
     known(family)
     shape, state = settings_of(family), state_of(stock(family))
     spec = StateSpec.of(shape, config_of(family))
-    assert parameter_shapes(shape) | buffer_shapes(shape) == {k: tuple(v.shape) for k, v in state.items()}
+    assert parameter_shapes(shape) | buffer_shapes(shape) == {
+        k: tuple(v.shape) for k, v in state.items()
+    }
     assert {e.key for e in (*spec.shared, *spec.expert)} == state.keys()
     assert spec.num_layers == len(list(moe_blocks(stock(family))))
     Settings(model=shape)
