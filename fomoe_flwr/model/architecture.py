@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fomoe_flwr.config import ModelSettings, SettingsError
+from fomoe_flwr.errors import one_line
 from fomoe_flwr.model.blocks import FamilyError, moe_blocks, num_experts, trial
 from fomoe_flwr.model.experts import form_of
 from fomoe_flwr.model.families import class_of, config_class
@@ -35,6 +36,13 @@ ENTRIES_OF: dict[str, tuple[str, ...]] = {
     "norm_eps": ("rms_norm_eps",),
 }
 """Our names of a shape and those of transformers' families, the first that a family knows."""
+
+
+_OF_A_FILE = {
+    *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("_name_or_path", "_experts_implementation", "_attn_implementation", "output_router_logits"),
+}
+"""Entries that speak of a file or a machine, not of the model."""
 
 
 def fresh_settings(model: ModelSettings, own: Iterable[str]) -> ModelSettings:
@@ -60,7 +68,9 @@ def fresh_settings(model: ModelSettings, own: Iterable[str]) -> ModelSettings:
     try:
         config = kind(**entries, **model.entries)
     except Exception as error:  # each family refuses in its own way
-        raise SettingsError(f"model.config={model.config} cannot be made: {error}") from error
+        raise SettingsError(
+            f"model.config={model.config} cannot be made: {one_line(error)}"
+        ) from error
     return described_settings(config)
 
 
@@ -103,7 +113,7 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
     shape["num_kv_heads"] = _entry(config, "num_kv_heads") or shape.get("num_heads", 1)
     shape["head_size"] = _entry(config, "head_size") or 0
     architecture = {
-        "config": _plain(config.to_dict() | {"model_type": config.model_type}),
+        "config": _entries(config),
         "groups": _groups(model),
         "has_bias": first.bias is not None,
         "attended": _attended(config, shape),
@@ -117,7 +127,7 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return kind._from_config(config)
     except Exception as error:  # each family refuses in its own way
-        raise _refusal(config, f"{kind.__name__} cannot be built: {error}") from error
+        raise _refusal(config, f"{kind.__name__} cannot be built: {one_line(error)}") from error
 
 
 def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -167,6 +177,12 @@ def _known_entries(kind: type[PreTrainedConfig]) -> set[str]:
     """Return the entries that a configuration class takes, its aliases included."""
     names = {name for name in vars(kind()) if not name.startswith("_")}
     return names | set(kind.attribute_map) | {"tie_word_embeddings"}
+
+
+def _entries(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the entries that say what the model computes."""
+    entries = config.to_dict() | {"model_type": config.model_type}
+    return {key: _plain(each) for key, each in entries.items() if key not in _OF_A_FILE}
 
 
 def _plain(value: Any) -> Any:

@@ -1,32 +1,28 @@
 """Pretrained checkpoints: any transformers MoE folder, read into our state keys.
 
 Only what is asked for is read: of an expert that a worker does not hold, not one byte. Nothing is
-unpickled: safetensors only. transformers stores experts one by one (`...experts.7.up_proj.weight`)
-and stacks them when it loads; both forms are read here.
+unpickled.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fomoe_flwr.config import ModelSettings, SettingsError
+from fomoe_flwr.errors import one_line
 from fomoe_flwr.model.architecture import described_settings
 from fomoe_flwr.model.families import FAMILIES, config_class, transformers_config
-from fomoe_flwr.model.residency import Residents
+from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import Entry, State, StateSpec
-
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+from fomoe_flwr.model.stored import Recipes, StoredTensors, refusal
 
 _SETTING_OF = {
     "vocab_size": "vocab_size",
@@ -55,68 +51,6 @@ _WITHOUT_EFFECT = {
 }
 """Configuration entries that may differ: they change no logit of a token inside the window."""
 
-_PER_EXPERT: dict[str, tuple[str, ...]] = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "down_proj": ("down_proj",),
-    "up_proj": ("up_proj",),
-}
-_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-
-
-@dataclass
-class Checkpoint:
-    """The tensors of a folder by name, read when asked for. Use as a context manager."""
-
-    folder: Path
-    _files: dict[str, str] = field(init=False)
-    _open: dict[str, Any] = field(init=False, default_factory=dict)
-    _stack: ExitStack = field(init=False, default_factory=ExitStack)
-
-    def __post_init__(self) -> None:
-        self._files = _tensor_files(self.folder)
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-        self._open.clear()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def rows(self, name: str, wanted: Sequence[int] | None, shape: tuple[int, ...]) -> Tensor:
-        """Read `wanted` rows (None = all) of a tensor whose full shape must be `shape`, as fp32.
-
-        Raises SettingsError if the tensor is missing, of another shape, or not of floats.
-        """
-        if name not in self._files:
-            raise _refusal(self.folder, f"has no tensor {name}")
-        try:
-            view = self._file(self._files[name]).get_slice(name)
-            found = tuple(view.get_shape())
-            if found != shape:
-                raise _refusal(
-                    self.folder,
-                    f"has {name} of shape {list(found)}, the settings expect {list(shape)}",
-                )
-            if wanted is None:
-                read = view[:] if shape else self._file(self._files[name]).get_tensor(name)
-            else:
-                parts = [view[start:stop] for start, stop in _runs(wanted)]
-                read = torch.cat(parts) if parts else torch.empty(0, *shape[1:])
-        except (OSError, SafetensorError) as error:
-            raise _refusal(self.folder, f"cannot give {name}: {error}") from error
-        if not read.is_floating_point() or read.element_size() < 2:
-            raise _refusal(self.folder, f"has {name} of {read.dtype}, too coarse to train")
-        return read.float()
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            opened = safe_open(self.folder / name, framework="pt")
-            self._open[name] = self._stack.enter_context(opened)
-        return self._open[name]
-
 
 def read_pretrained(
     folder: str | Path,
@@ -131,13 +65,12 @@ def read_pretrained(
     SettingsError, naming `model.pretrained`, if the checkpoint is not this model.
     """
     folder = Path(folder).expanduser()
-    check_pretrained(folder, model)
-    with Checkpoint(folder) as checkpoint:
-        state = {entry.key: _read_shared(checkpoint, model, entry) for entry in spec.shared}
+    with _opened(folder, model) as recipes:
+        state = {entry.key: _read_shared(recipes, entry) for entry in spec.shared}
         for entry in spec.expert:
             assert entry.layer is not None
             rows = range(entry.shape[0]) if residents is None else residents[entry.layer]
-            state[entry.key] = _read_expert(checkpoint, model, entry, rows)
+            state[entry.key] = recipes.read(entry.key, rows, entry.shape)
     return state
 
 
@@ -149,13 +82,12 @@ def fill_pretrained(
     Raises SettingsError as `read_pretrained` does.
     """
     folder = Path(folder).expanduser()
-    check_pretrained(folder, model)
-    with Checkpoint(folder) as checkpoint:
+    with _opened(folder, model) as recipes:
         for entry in spec.shared:
-            state[entry.key].copy_(_read_shared(checkpoint, model, entry))
+            state[entry.key].copy_(_read_shared(recipes, entry))
         for entry in spec.expert:
             for row in range(entry.shape[0]):
-                state[entry.key][row].copy_(_read_expert(checkpoint, model, entry, [row])[0])
+                state[entry.key][row].copy_(recipes.read(entry.key, [row], entry.shape)[0])
 
 
 def pretrained_settings(model: ModelSettings) -> ModelSettings:
@@ -197,66 +129,25 @@ def pretrained_shape(folder: str | Path) -> dict[str, Any]:
     return fields
 
 
-def _read_shared(checkpoint: Checkpoint, model: ModelSettings, entry: Entry) -> Tensor:
+@contextmanager
+def _opened(folder: Path, model: ModelSettings) -> Iterator[Recipes]:
+    """Open a checkpoint that must be this model's."""
+    check_pretrained(folder, model)
+    whole = build_model(model, transformers_config(model, 0), device="meta")
+    with StoredTensors(folder, _block(folder)) as stored:
+        yield Recipes(whole, stored)
+
+
+def _read_shared(recipes: Recipes, entry: Entry) -> Tensor:
     wanted = range(entry.start, entry.start + entry.shape[0]) if entry.start else None
-    return checkpoint.rows(_stored_name(checkpoint, model, entry.key), wanted, entry.shape)
+    return recipes.read(entry.key, wanted, entry.shape)
 
 
-def _read_expert(
-    checkpoint: Checkpoint, model: ModelSettings, entry: Entry, rows: Sequence[int]
-) -> Tensor:
-    name = _stored_name(checkpoint, model, entry.key)
-    prefix, _, leaf = name.rpartition(".experts.")
-    if name in checkpoint or not prefix:
-        return checkpoint.rows(name, rows, entry.shape)
-    parts = _PER_EXPERT[leaf]
-    shape = (entry.shape[1] // len(parts), *entry.shape[2:])
-    out = torch.empty(len(rows), *entry.shape[1:])
-    for place, expert in enumerate(rows):
-        for piece, part in zip(out[place].chunk(len(parts)), parts, strict=True):
-            stored = _MIXTRAL[part] if model.family == "mixtral" else part
-            key = f"{prefix}.experts.{expert}.{stored}.weight"
-            piece.copy_(checkpoint.rows(key, None, shape))
-    return out
-
-
-def _stored_name(checkpoint: Checkpoint, model: ModelSettings, key: str) -> str:
-    if model.family == "mixtral" and key not in checkpoint:
-        return key.replace(".mlp.", ".block_sparse_moe.")
-    return key
-
-
-def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Join neighbouring row numbers into (start, stop) ranges, in the given order."""
-    start = stop = -1
-    for row in rows:
-        if row != stop:
-            if start >= 0:
-                yield start, stop
-            start = row
-        stop = row + 1
-    if start >= 0:
-        yield start, stop
-
-
-def _tensor_files(folder: Path) -> dict[str, str]:
-    """Return which file holds which tensor."""
-    try:
-        if (folder / _INDEX).is_file():
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            files: Mapping[str, str] = index["weight_map"]
-            for name in sorted(set(files.values())):
-                if Path(name).name != name or not (folder / name).is_file():
-                    raise _refusal(folder, f"has no file {name}, which its {_INDEX} names")
-            return dict(files)
-        if (folder / _WEIGHTS).is_file():
-            with safe_open(folder / _WEIGHTS, framework="pt") as stored:
-                return dict.fromkeys(stored.keys(), _WEIGHTS)
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise _refusal(folder, f"is damaged: {error}") from error
-    raise _refusal(
-        folder, f"has neither {_WEIGHTS} nor {_INDEX}: other formats are not read, convert it first"
-    )
+def _block(folder: Path) -> tuple[int, int]:
+    """Return the rows and columns that share a scale in a checkpoint of 8 bits."""
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rows, columns = (stored.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    return int(rows), int(columns)
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
@@ -264,17 +155,28 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = stored.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise _refusal(folder, f"has no readable config.json: {error}") from error
+        raise refusal(folder, f"has no readable config.json: {error}") from error
     try:
         known = config_class(str(kind))
     except SettingsError:
-        raise _refusal(
+        raise refusal(
             folder,
             f"has model_type={kind}, which transformers {transformers.__version__} does not know",
         ) from None
-    if stored.get("quantization_config"):
-        raise _refusal(folder, "is quantised: its weights cannot train")
-    return known.from_dict(stored)
+    quantised = stored.get("quantization_config")
+    if quantised and quantised.get("quant_method") != "fp8":
+        raise refusal(
+            folder,
+            f"is quantised with {quantised.get('quant_method')}: store it in bfloat16 first "
+            "(fp8 with scales is read)",
+        )
+    try:
+        # It knows how infinity is written.
+        words = known._dict_from_json_file(folder / "config.json")
+        words.pop("quantization_config", None)
+        return known.from_dict(words)
+    except Exception as error:  # each family refuses in its own way
+        raise refusal(folder, f"has a config.json that is none: {one_line(error)}") from error
 
 
 def check_pretrained(folder: Path, model: ModelSettings) -> None:
@@ -284,7 +186,7 @@ def check_pretrained(folder: Path, model: ModelSettings) -> None:
         _check_described(folder, theirs, model)
         return
     if theirs.model_type != model.family:
-        raise _refusal(
+        raise refusal(
             folder,
             f"has model_type={theirs.model_type}, the settings have model.family={model.family}",
         )
@@ -306,13 +208,13 @@ def check_pretrained(folder: Path, model: ModelSettings) -> None:
         if key == "rope_parameters" and _without_theta(found) == _without_theta(expected):
             setting = "rope_theta"
         advice = f"; set model.{setting}" if setting else ": no setting expresses it"
-        raise _refusal(folder, f"has {key}={found}, the settings expect {expected}{advice}")
+        raise refusal(folder, f"has {key}={found}, the settings expect {expected}{advice}")
 
 
 def _check_described(folder: Path, theirs: PreTrainedConfig, model: ModelSettings) -> None:
     """Refuse a folder whose configuration is not the one that the settings hold."""
     if described_settings(theirs).architecture != model.architecture:
-        raise _refusal(folder, "has another config.json than the run began with")
+        raise refusal(folder, "has another config.json than the run began with")
 
 
 def _rope_theta(config: PreTrainedConfig) -> float:
@@ -324,7 +226,3 @@ def _without_theta(parameters: Any) -> Any:
     if not isinstance(parameters, dict):
         return parameters
     return {key: value for key, value in parameters.items() if key != "rope_theta"}
-
-
-def _refusal(folder: Path, what: str) -> SettingsError:
-    return SettingsError(f"model.pretrained={folder} {what}")

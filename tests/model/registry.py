@@ -99,7 +99,8 @@ def families() -> list[str]:
         model = MODEL_FOR_CAUSAL_LM_MAPPING[name]
         model = model[0] if isinstance(model, tuple) else model
         source = inspect.getsource(sys.modules[model.__module__])
-        is_text = model.__name__.endswith("ForCausalLM")
+        is_theirs = model.__module__.startswith("transformers.")
+        is_text = is_theirs and model.__name__.endswith("ForCausalLM")
         if is_text and "@use_experts_implementation" in source:
             # A model of pictures and text has its text part's class, under a second name.
             found.setdefault(model.__name__, []).append(kind)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fomoe_flwr.config import ModelSettings, SettingsError
-from fomoe_flwr.model import pretrained
+from fomoe_flwr.model import stored as stored_tensors
 from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.pretrained import pretrained_shape, read_pretrained
 from fomoe_flwr.model.residency import build_model
@@ -102,7 +102,7 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy()
-    monkeypatch.setattr(pretrained, "safe_open", spy)
+    monkeypatch.setattr(stored_tensors, "safe_open", spy)
     return spy
 
 
@@ -236,7 +236,7 @@ def test_published_configurations_are_understood(name: str, tmp_path: Path) -> N
         ({"num_experts": 7}, "has num_experts=7, the settings expect 6; set model.num_experts"),
         ({"rms_norm_eps": 1e-3}, "the settings expect 1e-05; set model.norm_eps"),
         ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "set model.rope_theta"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "is quantised"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "is quantised with mxfp4"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from fomoe_flwr.model.architecture import described_settings
 from fomoe_flwr.model.blocks import moe_blocks
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import class_of, transformers_config
+from fomoe_flwr.model.pretrained import read_pretrained
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import StateSpec, load_state, state_of
 from fomoe_flwr.parameters.keys import layer_of
@@ -225,6 +227,25 @@ def test_shapes_in_the_settings_are_the_stock_class_s(family: str) -> None:
     assert {e.key for e in (*spec.shared, *spec.expert)} == state.keys()
     assert spec.num_layers == len(list(moe_blocks(stock(family))))
     Settings(model=shape)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saves_is_read(family: str, tmp_path: Path) -> None:
+    """Under the names and in the form that a released checkpoint of the family has."""
+    known(family)
+    reference, residents = stock(family), half(family)
+    weights = {key: value.float() for key, value in state_of(reference).items()}
+    reference.save_pretrained(tmp_path)
+    shape = settings_of(family)
+    config = config_of(family)
+    got = read_pretrained(tmp_path, shape, StateSpec.of(shape, config))
+    assert got.keys() == weights.keys()
+    for key, value in weights.items():
+        assert torch.equal(got[key], value), key
+    model = build_model(shape, config, residents, empty=True)
+    part = read_pretrained(tmp_path, shape, StateSpec.of(shape, config), residents)
+    for key, value in cut(model, weights, residents).items():
+        assert torch.equal(part[key], value), key
 
 
 def test_most_families_pass() -> None:
