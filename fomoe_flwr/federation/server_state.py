@@ -58,6 +58,9 @@ class ServerState:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.settings, self.run = settings, run
+        if checkpoint is not None:
+            self.model = build_skeleton(settings.model, config, torch.device("cpu"))
+            self._check(checkpoint)  # Before a folder of the server that is there goes.
         self.choice, self.home = _choose(settings, run)
         spare_host_memory(self.home is not MEMORY)
         if self.home is MEMORY and pick_device(settings.eval.device).type == "cuda":
@@ -75,7 +78,6 @@ class ServerState:
             if settings.model.pretrained:
                 fill_pretrained(settings.model.pretrained, settings.model, spec, self.weights)
         else:
-            self.model = build_skeleton(settings.model, config, torch.device("cpu"))
             self.weights = self._take(checkpoint, spec)
 
     @property
@@ -89,8 +91,8 @@ class ServerState:
         home = self.home if isinstance(self.home, SlabHome) else None
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep, home)
 
-    def _take(self, checkpoint: Checkpoint, spec: StateSpec) -> dict[str, Tensor]:
-        """Make the model hold a checkpoint's weights, and take its outer state."""
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint whose tensors are not those of the model. Raises CheckpointError."""
         try:
             check_state(self.model, checkpoint.weights)
             for name, value in checkpoint.outer.items():
@@ -99,6 +101,9 @@ class ServerState:
             raise CheckpointError(
                 f"checkpoint of round {checkpoint.server_round} in {self.run.path}: {error}"
             ) from error
+
+    def _take(self, checkpoint: Checkpoint, spec: StateSpec) -> dict[str, Tensor]:
+        """Make the model hold a checkpoint's weights, and take its outer state."""
         entries = {entry.key: entry for entry in (*spec.shared, *spec.expert)}
         weights = {}
         for key in state_of(self.model):
