@@ -180,6 +180,21 @@ def test_a_harmed_slab_is_told_and_nothing_is_lost(
     assert changed <= {"heartbeat.json", ".made-by-fomoe"}
 
 
+@pytest.mark.parametrize("key", ["run_key", "spec_digest", "totals", "memory"])
+def test_a_checkpoint_that_lacks_what_a_run_needs_is_told(
+    key: str, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start("run", "rounds=1", "local.steps=1", MEMORY)
+    path = run.checkpoints / "round-000001" / "state.json"
+    state = json.loads(path.read_text("utf-8"))
+    del state[key]
+    path.write_text(json.dumps(state), "utf-8")
+    capsys.readouterr()
+    assert main(["run", f"resume={run.path}", "rounds=2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.endswith(f"{run.path} has no {key}: its state.json is damaged")
+
+
 SLACK = 2**29
 """What the server may hold beside one reply."""
 
