@@ -55,6 +55,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a folder under a temporary name, then give it its name; replaces an older one."""
+    remove_drafts(path.parent, path.name)
     draft = _draft_of(path)
     try:
         with _naming(path, draft):
@@ -141,6 +142,31 @@ def mark_folder(path: Path) -> None:
     (path / _MADE).write_text(json.dumps(names) + "\n", encoding="utf-8")
 
 
+def renew_folder(path: Path) -> None:
+    """Make a folder anew that this command alone writes to; killed at any time, it is known again.
+
+    Raises InputError, as `drop_folder` does.
+    """
+    drop_folder(path)
+    replace_folder(path, mark_folder)
+
+
+def drop_folder(path: Path) -> None:
+    """Remove a folder that `renew_folder` made, if it is there, and what is left of it.
+
+    Raises InputError for anything else in its place.
+    """
+    remove_drafts(path.parent, path.name)
+    if path.is_symlink():
+        raise InputError(f"{path} is a symbolic link: put the folder itself there, or remove it")
+    if not path.exists():
+        return
+    # An empty folder is nobody's loss, and this is what older versions left when they were killed.
+    if not is_marked(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} was not made by this run: move it away")
+    remove_folder(path)
+
+
 def _marked(path: Path) -> set[str]:
     try:
         return set(json.loads((path / _MADE).read_text(encoding="utf-8")))
@@ -162,15 +188,30 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
 
 
+def held_bytes(folder: Path, seen: set[int] | None = None) -> int:
+    """Return the bytes of the files in a folder, each once whatever its names.
+
+    Those in `seen` are left out, and the folder's own are added to it.
+    """
+    seen, total = set() if seen is None else seen, 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # Another process may be at work here.
+                found = (Path(parent) / name).lstat()
+                total += 0 if found.st_ino in seen else found.st_size
+                seen.add(found.st_ino)
+    return total
+
+
 def keep_newest(folder: Path, pattern: str, count: int) -> None:
     """Remove all but the last `count` files, by name, of those that match."""
     for old in sorted(folder.glob(pattern))[: -count or None]:
         old.unlink(missing_ok=True)
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what writers that were killed left behind; for the folder's only writer."""
-    for draft in folder.glob(".*.draft"):
+def remove_drafts(folder: Path, name: str = "*") -> None:
+    """Remove what writers that were killed left of files of a name; for their only writer."""
+    for draft in folder.glob(f".{name}.*.draft"):
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         else:

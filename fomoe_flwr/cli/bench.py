@@ -69,7 +69,7 @@ def _bench_step(options: argparse.Namespace) -> int:
     from fomoe_flwr.worker import step_benchmark
     from fomoe_flwr.worker.device import check_device, pick_device
 
-    check_device(settings.local)
+    check_device("local.device", settings.local.device)
     if settings.local.threads:
         torch.set_num_threads(settings.local.threads)
     result = step_benchmark.measure(

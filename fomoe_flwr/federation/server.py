@@ -34,7 +34,7 @@ from fomoe_flwr.federation.routing_log import RoutingLog
 from fomoe_flwr.federation.seats import RunIdentity
 from fomoe_flwr.federation.server_state import ServerState
 from fomoe_flwr.federation.strategy import FoMoEStrategy
-from fomoe_flwr.files import check_folder, keep_newest, save_text
+from fomoe_flwr.files import check_folder, keep_newest, replace_file, replace_folder, save_text
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.run.assembled import AssembledModel
@@ -52,7 +52,11 @@ from fomoe_flwr.run.memory import AnonymousPeak
 from fomoe_flwr.run.phases import Phases
 from fomoe_flwr.run.tracking import Tracker
 from fomoe_flwr.run.turnout import turnout
+from fomoe_flwr.worker.device import check_device
 from fomoe_flwr.worker.state_store import STATES
+
+_STATE_KEYS = {"run_key", "spec_digest", "totals", "memory"}
+"""What `state.json` of a checkpoint must hold for a run to go on from it."""
 
 
 class Server:
@@ -72,6 +76,7 @@ class Server:
         self.phases.end("import")
         self.seconds: dict[str, float] = {}
         """Of the phases before the first round and after the last, for the summary."""
+        check_device("eval.device", settings.eval.device)  # Only here is it this machine's.
         keep_inventory(self.run.text, settings.data, resumed=bool(settings.resume))
         self.tokenizer: PreTrainedTokenizerFast = (
             load_tokenizer(self.run.tokenizer) if settings.resume else prepare_tokenizer(settings)
@@ -96,7 +101,7 @@ class Server:
         if checkpoint is not None:
             strategy_state = self._resume(checkpoint)
         else:
-            self.tokenizer.save_pretrained(self.run.tokenizer)
+            replace_folder(self.run.tokenizer, self._write_tokenizer)
         self._save_config()
         self.identity = RunIdentity(self.run_key, json_text, tokenizer_digest(json_text))
         self.tracker = Tracker(self.run, settings)
@@ -154,11 +159,12 @@ class Server:
             self.tracker.close()
             tell("run_directory", f"run directory: {self.run.path}", path=str(self.run.path))
 
+    def _write_tokenizer(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
     def _save_config(self) -> None:
-        """Write down the settings, atomically; a resume may have given the run more rounds."""
-        draft = self.run.config.with_suffix(".draft")
-        replace(self.settings, resume="").save(draft)
-        draft.replace(self.run.config)
+        """Write down the settings; a resume may have given the run more rounds."""
+        replace_file(self.run.config, replace(self.settings, resume="").save)
 
     def _evaluate_start(self) -> None:
         """Measure the untrained model, and the best loss that a model without context can have."""
@@ -247,6 +253,11 @@ class Server:
     def _checkpoint(self) -> Checkpoint:
         """Open the newest checkpoint, which must be one of this run."""
         checkpoint = load_latest(self.run.checkpoints)
+        if lacking := sorted(_STATE_KEYS - checkpoint.state.keys()):
+            raise CheckpointError(
+                f"checkpoint of round {checkpoint.server_round} in {self.run.path} has no "
+                f"{lacking[0]}: its state.json is damaged"
+            )
         if checkpoint.state["spec_digest"] != self.spec.digest():
             raise CheckpointError(
                 f"checkpoint of round {checkpoint.server_round} in {self.run.path} belongs to "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from fomoe_flwr import costs
 from fomoe_flwr.aggregation.outer_step import OuterStep
 from fomoe_flwr.config import Settings
 from fomoe_flwr.errors import InputError
+from fomoe_flwr.files import drop_folder, held_bytes
 from fomoe_flwr.model.device_copy import pin_host_memory, spare_host_memory
 from fomoe_flwr.model.homes import MEMORY, WEIGHTS, Home, SlabHome
 from fomoe_flwr.model.pretrained import fill_pretrained
 from fomoe_flwr.model.residency import build_model, build_skeleton
-from fomoe_flwr.model.state import StateSpec, hold, state_of
+from fomoe_flwr.model.state import StateError, StateSpec, check_kind, check_state, hold, state_of
 from fomoe_flwr.report.units import size
 from fomoe_flwr.run.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from fomoe_flwr.run.directory import RunDirectory
@@ -57,6 +58,9 @@ class ServerState:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.settings, self.run = settings, run
+        if checkpoint is not None:
+            self.model = build_skeleton(settings.model, config, torch.device("cpu"))
+            self._check(checkpoint)  # Before a folder of the server that is there goes.
         self.choice, self.home = _choose(settings, run)
         spare_host_memory(self.home is not MEMORY)
         if self.home is MEMORY and pick_device(settings.eval.device).type == "cuda":
@@ -74,7 +78,6 @@ class ServerState:
             if settings.model.pretrained:
                 fill_pretrained(settings.model.pretrained, settings.model, spec, self.weights)
         else:
-            self.model = build_skeleton(settings.model, config, torch.device("cpu"))
             self.weights = self._take(checkpoint, spec)
 
     @property
@@ -88,15 +91,22 @@ class ServerState:
         home = self.home if isinstance(self.home, SlabHome) else None
         save_checkpoint(self.run.checkpoints, checkpoint, self.settings.checkpoint.keep, home)
 
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint whose tensors are not those of the model. Raises CheckpointError."""
+        try:
+            check_state(self.model, checkpoint.weights)
+            for name, value in checkpoint.outer.items():
+                check_kind(name, value, checkpoint.weights[name.partition("/")[2]])
+        except StateError as error:
+            raise CheckpointError(
+                f"checkpoint of round {checkpoint.server_round} in {self.run.path}: {error}"
+            ) from error
+
     def _take(self, checkpoint: Checkpoint, spec: StateSpec) -> dict[str, Tensor]:
         """Make the model hold a checkpoint's weights, and take its outer state."""
         entries = {entry.key: entry for entry in (*spec.shared, *spec.expert)}
         weights = {}
         for key in state_of(self.model):
-            if key not in checkpoint.weights:
-                raise CheckpointError(
-                    f"checkpoint of round {checkpoint.server_round} in {self.run.path} has no {key}"
-                )
             value = checkpoint.weights[key]
             if entries[key].is_parameter:
                 value = torch.nn.Parameter(value, requires_grad=False)
@@ -113,11 +123,14 @@ def _choose(settings: Settings, run: RunDirectory) -> tuple[str, Home]:
     free = available_bytes()
     if mode == "auto":
         mode = "memory" if memory <= _SHARE * free else "files"
-    if mode == "memory":
-        return f"in memory: {size(memory)}, {size(free)} are free", MEMORY
     folder = run.path / "server"
+    if mode == "memory":
+        # What an earlier process kept in files; a checkpoint has names of its own for them.
+        with suppress(InputError, OSError):
+            drop_folder(folder)
+        return f"in memory: {size(memory)}, {size(free)} are free", MEMORY
     disk = int(needed["disk/server_bytes"])
-    room = shutil.disk_usage(run.path).free + _held_bytes(run.path)
+    room = shutil.disk_usage(run.path).free + held_bytes(run.path)
     if disk > room:
         raise InputError(
             f"checkpoint.server_state=files needs {size(disk)} of disk in {run.path}, "
@@ -127,9 +140,3 @@ def _choose(settings: Settings, run: RunDirectory) -> tuple[str, Home]:
     held = int(needed["memory/server_files_bytes"])
     text = f"in files: {size(disk)} of disk in {folder}, {size(held)} of memory"
     return f"{text} instead of {size(memory)}", SlabHome(folder)
-
-
-def _held_bytes(folder: Path) -> int:
-    """Return the bytes that lie in a folder, each file once whatever its names."""
-    found = [path.lstat() for path in folder.rglob("*")]
-    return sum({each.st_ino: 512 * each.st_blocks for each in found}.values())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fomoe_flwr.errors import InputError
-from fomoe_flwr.files import is_marked, mark_folder
+from fomoe_flwr.files import renew_folder
 from fomoe_flwr.model.device_copy import host_empty
 from fomoe_flwr.model.slab import Slab, give_name, scratch
 
@@ -51,12 +49,7 @@ class SlabHome(Home):
     """
 
     def __init__(self, folder: Path) -> None:
-        if folder.exists():
-            if not is_marked(folder):
-                raise InputError(f"{folder} was not made by this run: move it away")
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        mark_folder(folder)
+        renew_folder(folder)
         self.folder = folder
         self._slabs: dict[str, Slab] = {}
 

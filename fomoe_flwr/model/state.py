@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from fomoe_flwr.codecs.floats import Empty
 from fomoe_flwr.config import ModelSettings
+from fomoe_flwr.errors import InputError
 from fomoe_flwr.model.device_copy import copy, host_empty
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.shards import fill
@@ -179,8 +180,34 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in _named(model).items()}
 
 
+class StateError(InputError):
+    """Tensors that are not those of a model."""
+
+
+def check_state(model: nn.Module, state: State) -> None:
+    """Refuse a state that lacks a tensor of the model, or has one of another kind.
+
+    Raises StateError.
+    """
+    for key, own in _named(model).items():
+        if key not in state:
+            raise StateError(f"{key} is missing")
+        check_kind(key, state[key], own)
+
+
+def check_kind(name: str, value: Tensor, like: Tensor) -> None:
+    """Refuse a tensor of another type or shape. Raises StateError."""
+    found, expected = (f"{str(t.dtype)[6:]} {list(t.shape)}" for t in (value, like))
+    if found != expected:
+        raise StateError(f"{name} is {found}, {expected} is expected")
+
+
 def hold(model: nn.Module, state: State) -> None:
-    """Make a model hold these very tensors, as one without memory of its own must."""
+    """Make a model hold these very tensors, as one without memory of its own must.
+
+    Raises StateError.
+    """
+    check_state(model, state)
     places: dict[int, list[tuple[Any, str]]] = {}
     for module in model.modules():
         for kind in (module._parameters, module._buffers):

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from fomoe_flwr.errors import RunError
-from fomoe_flwr.files import save_json
+from fomoe_flwr.files import remove_drafts, save_json
 
 BEAT_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
@@ -55,6 +55,8 @@ class Heartbeat:
             raise BusyRunError(
                 f"another process writes to {self.path.parent}: end it before you resume the run"
             ) from None
+        for name in ("*.json*", "config.yaml"):  # Written by this process alone.
+            remove_drafts(self.path.parent, name)
         self._write()
         self._thread.start()
         return self

@@ -17,7 +17,12 @@ from fomoe_flwr.parallel.choice import num_processes
 from fomoe_flwr.parameters.shapes import num_sparse_layers
 from fomoe_flwr.run.directory import RunDirectory, claim_output_dir
 from fomoe_flwr.run.tracking import check_tracker
-from fomoe_flwr.worker.device import check_device, check_worker_memory, pick_device
+from fomoe_flwr.worker.device import (
+    check_cuda_graph,
+    check_device,
+    check_worker_memory,
+    pick_device,
+)
 
 
 def preflight(settings: Settings) -> None:
@@ -30,8 +35,10 @@ def preflight(settings: Settings) -> None:
     if settings.local.processes:
         BatchSplit.of(settings.local, settings.local.processes)
     if is_here:
-        check_device(settings.local)
+        check_device("local.device", settings.local.device)
+        check_device("eval.device", settings.eval.device)
         device = pick_device(settings.local.device)
+        check_cuda_graph(settings, device)
         count = num_processes(settings, device.type, torch.cuda.device_count())
         check_worker_memory(settings, worker_parameters(settings), device, count)
     if model.pretrained:

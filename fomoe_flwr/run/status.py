@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_flwr.config import find_run, read_settings
+from fomoe_flwr.files import held_bytes
 from fomoe_flwr.run.directory import RunDirectory, checkpoint_name, stored_rounds
 from fomoe_flwr.run.heartbeat import BEAT_SECONDS
 from fomoe_flwr.run.phases import largest, phases_around, phases_of
@@ -41,6 +41,7 @@ def run_status(path: Path, now: float | None = None) -> dict[str, Any]:
     is_on = state in ("running", "unknown")
     workers = settings.layout.num_workers
     left = settings.rounds - len(rows)
+    seen: set[int] = set()  # What a checkpoint names counts there, and not in `server` again.
     seconds = [row["round/seconds"] for row in rows[-_RECENT_ROUNDS:]]
     return {
         "run": str(run.path),
@@ -68,7 +69,9 @@ def run_status(path: Path, now: float | None = None) -> dict[str, Any]:
         "bytes_up": sum(row["comm/bytes_up"] for row in rows),
         "bytes_down": sum(row["comm/bytes_down"] for row in rows),
         "disk_bytes": {
-            item.name: _size(item) for item in sorted(run.path.iterdir()) if item.is_dir()
+            item.name: held_bytes(item, seen)
+            for item in sorted(run.path.iterdir())
+            if item.is_dir()
         },
         "checkpoints": [checkpoint_name(each) for each in stored_rounds(run.checkpoints)],
     }
@@ -175,17 +178,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += (Path(parent) / name).stat().st_size
-            except FileNotFoundError:
-                continue
-    return total
 
 
 def _duration(seconds: float) -> str:

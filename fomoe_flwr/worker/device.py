@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from fomoe_flwr.config import LocalSettings, Settings, SettingsError
+from fomoe_flwr.config import Settings, SettingsError
 from fomoe_flwr.costs import memory_bytes
 from fomoe_flwr.errors import InputError
 
@@ -23,10 +23,19 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_device(local: LocalSettings) -> None:
-    """Refuse a GPU that is not there. Raises SettingsError."""
-    if local.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("local.device=cuda but torch sees no GPU: use auto or cpu")
+def check_device(key: str, name: str) -> None:
+    """Refuse a GPU that is not there; `key` is the setting that names it. Raises SettingsError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"{key}=cuda but torch sees no GPU: use auto or cpu")
+
+
+def check_cuda_graph(settings: Settings, device: torch.device) -> None:
+    """Refuse a CUDA graph on what is no GPU. Raises SettingsError."""
+    if settings.execution.cuda_graph == "on" and device.type != "cuda":
+        raise SettingsError(
+            f"execution.cuda_graph=on needs a GPU, workers train on {device.type} "
+            f"(local.device={settings.local.device}): use auto or off"
+        )
 
 
 def check_worker_memory(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fomoe_flwr.codecs.sizes import WITH_FEEDBACK, Codec
@@ -19,7 +18,7 @@ from fomoe_flwr.codecs.vectors import rounding_error
 from fomoe_flwr.config import WireSettings
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, StateSpec
-from fomoe_flwr.worker.state_store import STATES, Stored
+from fomoe_flwr.worker.state_store import STATES, UNREADABLE, Stored, tell_lost
 
 Vectors = tuple[Tensor, Tensor]
 """Flat fp32 vectors of the shared parameters and of the resident experts."""
@@ -83,8 +82,10 @@ class ErrorFeedback:
         try:
             with STATES.open(path) as stored:
                 self._adopt(stored)
-        except (OSError, SafetensorError):
-            return
+        except UNREADABLE as error:
+            tell_lost(path, error)
+            for value in self.left.values():
+                value.zero_()
 
     def _adopt(self, stored: Stored) -> None:
         names = set(stored.keys())

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fomoe_flwr.config import LocalSettings, RoutingMode
@@ -27,7 +26,7 @@ from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.parameters.fragments import MOMENTS as _MOMENTS
 from fomoe_flwr.parameters.keys import is_expert_key, layer_of, sparse_layers
 from fomoe_flwr.worker.state_files import WEIGHTS
-from fomoe_flwr.worker.state_store import STATES, Stored
+from fomoe_flwr.worker.state_store import STATES, UNREADABLE, Stored, tell_lost
 
 _NEGLIGIBLE = 1e-6
 
@@ -189,14 +188,18 @@ class InnerState:
         STATES.save(path, tensors, meta, on_disk)
 
     def restore(self, path: Path) -> None:
-        """Read a stored state into the optimizer; leave everything fresh if there is none.
+        """Read a stored state into the optimizer; leave everything fresh if it cannot be read.
 
         Experts that were not resident when it was stored start with zero moments and age 0.
         """
         try:
             with STATES.open(path) as stored:
                 self._adopt(stored)
-        except (OSError, SafetensorError):
+        except UNREADABLE as error:
+            tell_lost(path, error)
+            self._steps, self._ages, self.num_fresh_experts, self.cursor = 0, [], 0, {}
+            self.__post_init__()
+            self.optimizer.state.clear()
             return
         self.is_fresh = not self.settings.keep_inner_state
 

@@ -8,16 +8,19 @@ them, in the background. Every other process writes a file every round. What is 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import psutil
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fomoe_flwr.errors import one_line
+from fomoe_flwr.events import warn
+from fomoe_flwr.files import remove_drafts
 from fomoe_flwr.model.device_copy import copy, has_room, host_empty
 from fomoe_flwr.model.tensor_files import save_tensors
 from fomoe_flwr.worker.state_files import FEEDBACK, INNER, state_file
@@ -65,6 +68,8 @@ class StateStore:
         self._kept: dict[Path, _Kept] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._writes: dict[Path, Future[None]] = {}
+        self._swept: set[Path] = set()
+        """Folders without what an earlier process left half written."""
 
     @contextmanager
     def in_memory(self) -> Iterator[None]:
@@ -72,11 +77,15 @@ class StateStore:
         before, self.is_in_memory = self.is_in_memory, True
         try:
             yield
+            if not before:
+                self.settle()
         finally:
             self.is_in_memory = before
             if not before:
                 self._kept.clear()
-                self.settle()
+                # After an error this waits only: that error says more than one of a write.
+                wait(self._writes.values())
+                self._writes.clear()
 
     def save(
         self, path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str], on_disk: bool
@@ -85,6 +94,9 @@ class StateStore:
 
         The tensors must not change afterwards. Without room in memory the file is written at once.
         """
+        if path.parent not in self._swept:
+            remove_drafts(path.parent, "*.safetensors")
+            self._swept.add(path.parent)
         if not (self.is_in_memory and (placed := _placed(tensors))):
             self._kept.pop(path, None)
             _write(path, tensors, meta)
@@ -102,7 +114,9 @@ class StateStore:
         if path in self._kept:
             yield self._kept[path]
             return
-        self.settle()
+        if path in self._writes:
+            # Waits only: a write that failed is no lost state, and `settle` has to tell it.
+            wait([self._writes[path]])
         with safe_open(path, framework="pt") as stored:
             yield stored
 
@@ -177,6 +191,16 @@ def _is_of(path: Path, folder: Path, kind: str) -> bool:
 def _is_older(path: Path, other: Path) -> bool:
     kind = other.name.partition("-")[0]
     return path != other and _is_of(path, other.parent, kind)
+
+
+UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, TypeError)
+"""What reading a stored state raises that is missing, cut off or changed."""
+
+
+def tell_lost(path: Path, error: BaseException) -> None:
+    """Warn that a state is there and cannot be read; that none is there is nothing to tell."""
+    if path.exists():
+        warn(f"{path} cannot be read ({one_line(error)}): this worker goes on without it")
 
 
 STATES = StateStore()

@@ -137,6 +137,19 @@ def test_a_run_that_stops_for_a_full_disk_goes_on_as_if_nothing_had_been(
         assert_same_end(run, whole)
 
 
+@pytest.mark.parametrize("most", [1000, 20_000, 60_000, 300_000])
+def test_a_first_round_that_the_disk_does_not_take(
+    most: int, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer's file is one of them, and a library in Rust writes it."""
+    with no_file_larger_than(most):
+        assert main([*words, f"output_dir={tmp_path / 'run'}"]) in (1, 2)
+    (line,) = [k for k in capsys.readouterr().err.splitlines() if k.startswith("error: ")]
+    assert f"{tmp_path / 'run'}" in line
+    assert "File too large" in line
+    assert not list((tmp_path / "run").glob(".*.draft"))
+
+
 def test_a_checkpoint_that_the_disk_does_not_take(
     start: Start, tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,6 +90,14 @@ def test_a_running_run_says_where_it_is_and_who_is_missing(run: RunDirectory) ->
     assert "go on with" not in text
 
 
+def test_a_file_with_two_names_counts_once(run: RunDirectory) -> None:
+    server = run.path / "server"
+    server.mkdir()
+    (server / "weights").hardlink_to(run.checkpoints / "round-000004" / "weights")
+    (server / "more").write_bytes(b"x" * 100)
+    assert run_status(run.path, NOW)["disk_bytes"] == {"checkpoints": 2**20, "server": 100}
+
+
 def test_a_round_says_whom_it_waits_for(run: RunDirectory) -> None:
     reply = {"worker": 1, "for": "reply", "since": NOW - 252}
     node = {"worker": 2, "for": "node", "since": NOW - 30}

@@ -39,11 +39,27 @@ def test_wrong_settings_are_refused_before_anything_is_written(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["local.device=cuda"], "local.device=cuda but torch sees no GPU: use auto or cpu"),
+        (["eval.device=cuda"], "eval.device=cuda but torch sees no GPU: use auto or cpu"),
+        (
+            ["execution.cuda_graph=on", "local.precision=bfloat16", "local.device=auto"],
+            "execution.cuda_graph=on needs a GPU, workers train on cpu (local.device=auto): use "
+            "auto or off",
+        ),
+    ],
+    ids=lambda given: given[0],
+)
 def test_a_missing_gpu_is_refused(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str],
+    text: str,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = refuse(capsys, words, tmp_path / "run", "local.device=cuda")
-    assert text == "local.device=cuda but torch sees no GPU: use auto or cpu"
+    assert refuse(capsys, words, tmp_path / "run", *overrides) == text
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

@@ -92,6 +92,8 @@ def test_either_kind_of_server_goes_on_from_either_kind_of_checkpoint(
     halved = RunDirectory(tmp_path / "halved")
     assert main(["run", f"resume={halved.path}", then]) == 0
     assert_same_end(whole, halved)
+    # What only the files' server needs goes with it.
+    assert (halved.path / "server").exists() == (then == FILES)
 
 
 def slabs_of(run: RunDirectory, server_round: int) -> dict[str, Path]:
@@ -135,6 +137,10 @@ def spoil_header(path: Path) -> None:
     path.write_bytes(data)
 
 
+def change_type(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+
+
 def swap(path: Path) -> None:
     path.write_bytes(
         path.with_name("model.layers.1.mlp.experts.down_proj.safetensors").read_bytes()
@@ -148,6 +154,7 @@ def swap(path: Path) -> None:
         (cut, "are expected"),
         (spoil_header, "is damaged"),
         (swap, "is expected"),
+        (change_type, "is int32 [12, 32, 32], float32 [12, 32, 32] is expected"),
     ],
 )
 @pytest.mark.parametrize("mode", [FILES, MEMORY])
@@ -167,10 +174,25 @@ def test_a_harmed_slab_is_told_and_nothing_is_lost(
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert told in line
     assert key in line
-    assert line.startswith("error: cannot read the checkpoint")
+    assert line.startswith(("error: cannot read the checkpoint", "error: checkpoint of round 2"))
     after = {p: p.read_bytes() for p in before if p.exists()}
     changed = {p.name for p in before if after.get(p) != before[p]}
     assert changed <= {"heartbeat.json", ".made-by-fomoe"}
+
+
+@pytest.mark.parametrize("key", ["run_key", "spec_digest", "totals", "memory"])
+def test_a_checkpoint_that_lacks_what_a_run_needs_is_told(
+    key: str, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start("run", "rounds=1", "local.steps=1", MEMORY)
+    path = run.checkpoints / "round-000001" / "state.json"
+    state = json.loads(path.read_text("utf-8"))
+    del state[key]
+    path.write_text(json.dumps(state), "utf-8")
+    capsys.readouterr()
+    assert main(["run", f"resume={run.path}", "rounds=2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.endswith(f"{run.path} has no {key}: its state.json is damaged")
 
 
 SLACK = 2**29

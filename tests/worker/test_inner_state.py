@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,8 +154,21 @@ def test_sgd_keeps_cursor_and_ages_and_steps_plainly(tmp_path: Path) -> None:
     torch.testing.assert_close(again.model.expert(0)[2].detach(), expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage", "a folder"])
-def test_a_file_that_cannot_be_read_means_a_fresh_start(damage: str, tmp_path: Path) -> None:
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda whole: b"",
+    "truncated": lambda whole: whole[:-5],
+    "garbage": lambda whole: b"x" * len(whole),
+    "another key": lambda whole: whole.replace(b'"cursor"', b'"cursos"'),
+    "no JSON inside": lambda whole: whole.replace(b'{\\"position', b'[\\"position'),
+    "another number": lambda whole: whole.replace(b'"steps":"3"', b'"steps":"s"'),
+    "another moment": lambda whole: whole.replace(b'"exp_avg_sq/', b'"exp_avg_sp/'),
+}
+
+
+@pytest.mark.parametrize("damage", ["missing", "a folder", *DAMAGES])
+def test_a_file_that_cannot_be_read_means_a_fresh_start(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "0.safetensors"
     worker = Worker(FIRST, starting_weights(), torch.ones(3, 4))
     worker.train(range(3))
@@ -166,13 +179,17 @@ def test_a_file_that_cannot_be_read_means_a_fresh_start(damage: str, tmp_path: P
     if damage == "a folder":
         path.mkdir()
     elif damage != "missing":
-        content = {"empty": b"", "truncated": whole[:-5], "garbage": b"x" * len(whole)}
-        path.write_bytes(content[damage])
+        path.write_bytes(DAMAGES[damage](whole))
+        assert path.read_bytes() != whole
     again = Worker(FIRST, starting_weights(), torch.ones(3, 4))
     again.inner.restore(path)
     assert again.inner.is_fresh
     assert again.inner.cursor == {}
     assert not again.optimizer.state
+    told = capsys.readouterr().err.splitlines()
+    assert [line.startswith(f"warning: {path} cannot be read (") for line in told] == (
+        [] if damage == "missing" else [True]
+    )
     again.train(range(2))
     fresh = Worker(FIRST, starting_weights(), torch.ones(3, 4))
     fresh.train(range(2))

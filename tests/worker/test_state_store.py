@@ -101,6 +101,42 @@ def test_a_write_that_fails_is_told_when_it_is_waited_for(
         store.settle()
 
 
+def test_a_write_that_fails_is_not_taken_for_a_lost_state(
+    store: StateStore, tmp_path: Path
+) -> None:
+    other = state_file(tmp_path / "other", 1)
+    StateStore().save(other, state(2.0), {}, on_disk=True)
+    (tmp_path / "worker").write_text("in the way")
+    store.save(state_file(tmp_path / "worker", 1), state(1.0), {}, on_disk=True)
+    # Whoever reads meanwhile neither fails nor takes the failure away from `settle`.
+    assert_identical(read(store, other)[0], state(2.0))
+    with pytest.raises(OSError, match="worker"):
+        store.settle()
+
+
+def test_what_ended_the_work_is_told_rather_than_a_write_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "worker").write_text("in the way")
+    path = state_file(tmp_path / "worker", 1)
+    store = StateStore()
+
+    def work() -> None:
+        with store.in_memory():
+            store.save(path, state(1.0), {}, on_disk=True)
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        work()
+    with pytest.raises(OSError, match="worker"), store.in_memory():
+        store.save(path, state(1.0), {}, on_disk=True)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    path, draft = state_file(tmp_path, 2), tmp_path / ".round-000001.safetensors.12345678.draft"
+    draft.write_bytes(b"half")
+    StateStore().save(path, state(1.0), {}, on_disk=True)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
 def test_another_process_goes_on_from_what_was_in_memory(store: StateStore, tmp_path: Path) -> None:
     path = state_file(tmp_path, 5)
     store.save(path, state(5.0), {}, on_disk=False)
