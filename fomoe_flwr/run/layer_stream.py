@@ -105,16 +105,15 @@ class LayerStream:
         # The first layer is fetched again at the end: another call may follow.
         self._next = self._loader.submit(self._fetch, (index + 1) % len(self._layers))
         self._set(arrived)
-        output: Any = hidden
+        outputs = []
         for start in range(0, len(hidden), self.batch_size):
             rows = slice(start, start + self.batch_size)
             cut = partial(_cut, count=len(hidden), rows=rows)
-            output = forward(
-                hidden[rows], *map(cut, args), **{name: cut(each) for name, each in kwargs.items()}
-            )
-            hidden[rows] = output[0] if isinstance(output, tuple) else output
+            named = {name: cut(each) for name, each in kwargs.items()}
+            # Not over the input: some models use it again behind the layer.
+            outputs.append(forward(hidden[rows], *map(cut, args), **named))
         self._drop(index)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return _joined(outputs)
 
     def _fetch(self, index: int) -> _Arrival:
         """Bring a layer's weights to the device, or those of no layer (-1)."""
@@ -149,6 +148,13 @@ class LayerStream:
             for module, name in self._places[key]:
                 kind: Any = module._parameters if name in module._parameters else module._buffers
                 kind[name] = kind[name].to("meta")
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Put what a layer returned for some windows at a time together."""
+    if isinstance(parts[0], tuple):
+        return tuple(_joined(list(each)) for each in zip(*parts, strict=True))
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def _places(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, list[tuple[Any, str]]]:
