@@ -45,6 +45,21 @@ _TINY: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
     "sliding_window": 8,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 8,
+    "moe_shared_expert_intermediate_size": 16,
+    "shared_experts_intermediate_size": 16,
+    "o_lora_rank": 8,
+    "o_groups": 2,
 }
 """Entries for every family that knows them."""
 
