@@ -6,6 +6,7 @@ it says goes into the settings, so nobody who has them needs the description.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,27 +52,30 @@ def fresh_settings(model: ModelSettings, own: Iterable[str]) -> ModelSettings:
     `own` are the fields of `model` that count; the rest is the family's default.
     """
     kind = config_class(model.config)
-    known, entries = _known_entries(kind), dict[str, Any]()
+    known, entries, spoken = _known_entries(kind), dict[str, Any](), dict[str, str]()
     for name in sorted(set(own) & ENTRIES_OF.keys()):
-        found = [entry for entry in ENTRIES_OF[name] if entry in known]
-        if not found:
+        entry = next((e for e in ENTRIES_OF[name] if e in known), ENTRIES_OF[name][0])
+        entries[entry], spoken[entry] = getattr(model, name), f"model.{name}"
+    for entry, value in model.entries.items():
+        entries[entry], spoken[entry] = value, f"model.entries.{entry}"
+    described = described_settings(_made(model.config, kind, entries))
+    # Some classes read entries that they do not list: then the model is another one with them.
+    for entry in sorted(entries.keys() - known):
+        others = {name: value for name, value in entries.items() if name != entry}
+        without = described_settings(_made(model.config, kind, others))
+        if without.architecture["groups"] == described.architecture["groups"]:
             raise SettingsError(
-                f"model.{name}={getattr(model, name)} has no meaning for model.config="
-                f"{model.config}; its own entries go into model.entries"
+                f"{spoken[entry]}={entries[entry]} has no meaning for model.config={model.config}; "
+                "entries of its own go into model.entries"
             )
-        entries[found[0]] = getattr(model, name)
-    strange = sorted(set(model.entries) - known)
-    if strange:
-        raise SettingsError(
-            f"model.entries has {', '.join(strange)}, which {kind.__name__} does not know"
-        )
+    return described
+
+
+def _made(family: str, kind: type[PreTrainedConfig], entries: dict[str, Any]) -> PreTrainedConfig:
     try:
-        config = kind(**entries, **model.entries)
+        return kind(**entries)
     except Exception as error:  # each family refuses in its own way
-        raise SettingsError(
-            f"model.config={model.config} cannot be made: {one_line(error)}"
-        ) from error
-    return described_settings(config)
+        raise SettingsError(f"model.config={family} cannot be made: {one_line(error)}") from error
 
 
 def described_settings(config: PreTrainedConfig) -> ModelSettings:
@@ -176,7 +180,8 @@ def _read(config: PreTrainedConfig, entry: str) -> Any:
 def _known_entries(kind: type[PreTrainedConfig]) -> set[str]:
     """Return the entries that a configuration class takes, its aliases included."""
     names = {name for name in vars(kind()) if not name.startswith("_")}
-    return names | set(kind.attribute_map) | {"tie_word_embeddings"}
+    taken = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}
+    return names | taken | set(kind.attribute_map)
 
 
 def _entries(config: PreTrainedConfig) -> dict[str, Any]:

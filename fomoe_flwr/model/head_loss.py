@@ -57,7 +57,8 @@ def logit_multiplier(model: PreTrainedModel) -> float | None:
     generator = torch.Generator().manual_seed(0)
     width = head.in_features
     with torch.device("cpu"):
-        small = nn.Linear(width, 4, bias=head.bias is not None)
+        # Without an initialisation, which would draw from the caller's random numbers.
+        small = nn.utils.skip_init(nn.Linear, width, 4, bias=head.bias is not None)
         hidden_BSD = torch.randn(1, 8, width, generator=generator)
         nn.init.normal_(small.weight, std=4 * width**-0.5, generator=generator)
     if small.bias is not None:
@@ -74,7 +75,7 @@ def logit_multiplier(model: PreTrainedModel) -> float | None:
     finally:
         model.set_output_embeddings(head)
         del vars(trunk)["forward"]
-    plain = hidden_BSD @ small.weight.t()
+    plain = hidden_BSD @ small.weight.detach().t()
     multiplier = float((logits * plain).sum() / plain.square().sum())
     is_linear = torch.allclose(logits, multiplier * plain, rtol=1e-3, atol=1e-3 * multiplier)
     return multiplier if is_linear else None

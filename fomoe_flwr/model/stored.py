@@ -8,7 +8,6 @@ that nobody wants, not one byte is read. Nothing is unpickled: safetensors only.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -30,11 +29,11 @@ from transformers.core_model_loading import (
 )
 
 from fomoe_flwr.config import SettingsError
+from fomoe_flwr.parameters.keys import of_expert
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SCALE = "_scale_inv"
 """Ending of the tensor that has the scales of another one's blocks (DeepSeek's fp8)."""
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass
@@ -214,7 +213,7 @@ class Recipes:
         return {name: value[list(rows)] for name, value in parts.items()}
 
     def _experts(self, names: list[str], wanted: Sequence[int]) -> list[Tensor]:
-        found = [_EXPERT.sub(f".experts.{expert}.", names[0]) for expert in wanted]
+        found = [of_expert(names[0], expert) for expert in wanted]
         shapes = {self.stored.shape(name): name for name in found}
         if len(shapes) > 1:
             (first, _), (other, name) = list(shapes.items())[:2]

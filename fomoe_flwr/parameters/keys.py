@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from fomoe_flwr.config import RoutingMode
 
 _EXPERT_KEY = re.compile(r"\.layers\.(\d+)\.(?:\w+\.)?experts\.")
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _ROUTER_KEY = re.compile(
     r"\.layers\.(\d+)\.(?:\w+\.)?(?:(?:gate|router)\.|(?:e_score_correction|expert)_bias$)"
 )
@@ -32,6 +33,11 @@ def is_expert_key(key: str, routing: RoutingMode) -> bool:
 def is_any_expert_key(key: str) -> bool:
     """Tell whether a state-dict entry is an expert's own, whatever the routing."""
     return bool(_EXPERT_KEY.search(key))
+
+
+def of_expert(key: str, expert: int) -> str:
+    """Return the name of an expert's tensor where experts are stored one by one, from another's."""
+    return _ONE_EXPERT.sub(f".experts.{expert}.", key)
 
 
 def is_router_key(key: str) -> bool:

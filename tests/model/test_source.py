@@ -110,7 +110,7 @@ def test_all_disagreements_are_told_at_once(tmp_path: Path) -> None:
         ("model.config=mixtral model.num_shared_experts=1", "model.num_shared_experts=1 has no"),
         (
             "model.config=mixtral model.entries={colour:1}",
-            "model.entries has colour, which Mixtral",
+            "model.entries.colour=1 has no meaning",
         ),
         ("model.entries={n_group:1}", "model.entries needs model.config"),
         ("model.config=mixtral model.hidden_size=31", "MixtralForCausalLM cannot be built"),
