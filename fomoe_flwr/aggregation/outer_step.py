@@ -39,6 +39,8 @@ class OuterStep:
         settings = self.settings
         with torch.no_grad():
             for entry, rows, gradient in _means(mean):
+                if not state[entry.key].is_floating_point():  # a table of ids: nothing trains it
+                    continue
                 is_expert = rows is not None
                 lr = settings.expert_lr if is_expert and settings.expert_lr else settings.lr
                 velocity = None

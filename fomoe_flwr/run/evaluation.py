@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,14 +118,15 @@ def sample_text(
     """
     start = tokenizer.eos_token_id or 0  # What stands between two texts.
     given = torch.tensor(tokenizer(prompt)["input_ids"] or [start], dtype=torch.long)
-    context = max(1, model.config.max_position_embeddings - max_tokens)
+    longest = getattr(model.config, "max_position_embeddings", None) or len(given) + max_tokens
+    context = max(1, longest - max_tokens)
     ids = given[None, -context:].to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
     devices = [ids.device] if ids.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
-        torch.manual_seed(seed)
-        out = model.generate(  # type: ignore[operator]
+        generate: Any = partial(
+            model.generate,  # type: ignore[arg-type]
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,
@@ -133,6 +135,12 @@ def sample_text(
             top_k=50,
             pad_token_id=tokenizer.pad_token_id,
         )
+        torch.manual_seed(seed)
+        try:
+            out = generate()
+        except (ValueError, StopIteration):  # no cache for layers that are all linear
+            torch.manual_seed(seed)
+            out = generate(use_cache=False)
     model.train(was_training)
     whole = torch.cat([given[:-context], out[0].cpu()])
     return str(tokenizer.decode(whole, skip_special_tokens=True))

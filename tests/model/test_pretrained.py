@@ -299,3 +299,49 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(name: str, tmp_path: Pa
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}), encoding="utf-8")
     with pytest.raises(SettingsError, match="has no file"):
         read_pretrained(folder, SHAPE, spec_of(SHAPE))
+
+
+def in_fp8(name: str, value: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+    """Store a matrix as DeepSeek does: fp8 numbers, and a scale for each block."""
+    scale = torch.rand(-(-value.shape[0] // rows), -(-value.shape[1] // columns)) + 0.5
+    wide = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    wide = wide[: value.shape[0], : value.shape[1]]
+    return {name: (value / wide).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+
+
+@pytest.mark.parametrize("block", [(4, 8), (5, 3), (128, 128)], ids=str)
+@pytest.mark.parametrize("residents", [None, RESIDENTS], ids=["all", "some"])
+def test_fp8_with_scales_is_read_as_the_numbers_it_means(
+    block: tuple[int, int], residents: Any, tmp_path: Path
+) -> None:
+    saved(SHAPE, tmp_path)
+    stored, meant = {}, {}
+    for name, value in load_file(tmp_path / "model.safetensors").items():
+        if value.dim() != 2 or "embed" in name or "gate.weight" in name:
+            stored[name] = meant[name] = value
+            continue
+        stored |= (parts := in_fp8(name, value, *block))
+        scale = parts[f"{name}_scale_inv"].repeat_interleave(block[0], 0)
+        scale = scale.repeat_interleave(block[1], 1)[: value.shape[0], : value.shape[1]]
+        meant[name] = parts[name].float() * scale
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(meant, plain / "model.safetensors")
+    save_file(stored, tmp_path / "model.safetensors")
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(block)}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    want = read_pretrained(plain, SHAPE, spec_of(SHAPE), residents)
+    assert_same(read_pretrained(tmp_path, SHAPE, spec_of(SHAPE), residents), want)
+
+
+def test_fp8_without_scales_is_refused(tmp_path: Path) -> None:
+    saved(SHAPE, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(
+        tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(SettingsError, match=rf"{name} of torch.float8_e4m3fn, too coarse to train"):
+        read_pretrained(tmp_path, SHAPE, spec_of(SHAPE))
