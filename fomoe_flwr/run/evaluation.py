@@ -125,8 +125,9 @@ def sample_text(
     model.eval()
     devices = [ids.device] if ids.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
-        generate: Any = partial(
-            model.generate,  # type: ignore[arg-type]
+        continued: Any = model.generate
+        generate = partial(
+            continued,
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,
