@@ -32,9 +32,10 @@ def _causal(
 
 
 def attend_to_full_windows(model: PreTrainedModel) -> None:
-    """Make a model that is only ever given full windows attend without masks, if it may."""
-    if not is_causal_only(model):
-        return
+    """Make a model that is only ever given full windows attend without masks.
+
+    Only for one that `is_causal_only`.
+    """
     AttentionInterface.register(IMPLEMENTATION, _causal)
     model.set_attn_implementation(IMPLEMENTATION)
 

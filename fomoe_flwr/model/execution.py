@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fomoe_flwr.config import Settings
 from fomoe_flwr.config.execution import is_compiled, is_graphed, is_loss_chunked
-from fomoe_flwr.model.attention import attend_to_full_windows
+from fomoe_flwr.model.attention import attend_to_full_windows, is_causal_only
 from fomoe_flwr.model.blocks import moe_blocks
 from fomoe_flwr.model.experts import set_core
 
@@ -30,6 +30,8 @@ class Execution:
         """Resolve `auto` by device, vocabulary, precision and processes of a worker."""
         given, kind = settings.execution, device.type
         graph = is_graphed(given, kind, settings.local.precision, num_processes)
+        if settings.model.architecture and given.cuda_graph == "auto":
+            graph = False  # Nobody knows what its layers ask of the host.
         return cls(
             experts="static" if graph and given.experts == "auto" else given.experts,
             chunked_loss=is_loss_chunked(given, kind, settings.model.vocab_size),
@@ -41,8 +43,10 @@ class Execution:
     def prepare(self, model: PreTrainedModel) -> None:
         """Set a model up: the experts' core, compiled parts, activation checkpointing."""
         set_core(model, self.experts)
-        attend_to_full_windows(model)
-        if self.compiled:
+        has_plain_attention = is_causal_only(model)
+        if has_plain_attention:
+            attend_to_full_windows(model)
+        if self.compiled and has_plain_attention:
             for module in _dense_parts(model):
                 module.compile(dynamic=False)
         if self.checkpoint_activations:

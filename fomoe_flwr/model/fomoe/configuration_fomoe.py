@@ -38,11 +38,16 @@ class FomoeConfig(PreTrainedConfig):
         base_num_layers: int = 4,
         depth_alpha: float = 1.0,
         rope_theta: float = 10000.0,
+        rope_parameters: dict[str, Any] | None = None,
         rms_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
         max_position_embeddings: int = 2048,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
+        output_router_logits: bool = False,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
         **others: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -60,11 +65,20 @@ class FomoeConfig(PreTrainedConfig):
         self.base_hidden_size = base_hidden_size
         self.base_num_layers = base_num_layers
         self.depth_alpha = depth_alpha
-        self.rope_theta = rope_theta
+        given = rope_parameters or {}
+        kind = given.get("rope_type", "default")
+        if kind != "default":
+            raise ValueError(f"rope_type={kind} is not one of: default")
+        self.rope_theta = float(given.get("rope_theta", rope_theta))
+        self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.max_position_embeddings = max_position_embeddings
         self.use_cache = use_cache
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.output_router_logits = output_router_logits
         others.pop("num_key_value_heads", None)
         super().__init__(**(others | {"tie_word_embeddings": tie_word_embeddings}))
 

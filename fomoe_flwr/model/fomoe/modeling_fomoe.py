@@ -24,10 +24,14 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_fomoe import FomoeConfig
 
@@ -103,8 +107,8 @@ class FomoeAttention(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
         **kwargs: Any,
-    ) -> Tensor:
-        """Mix the positions; extends the cache if there is one."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix the positions; extends the cache if there is one. Return weights where there are."""
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
         query, key, value = (
             project(x_BSD).view(heads).transpose(1, 2)
@@ -116,10 +120,10 @@ class FomoeAttention(nn.Module):
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, plain_attention
         )
-        mixed, _ = attend(
+        mixed, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(mixed.reshape(*x_BSD.shape[:2], -1))
+        return self.o_proj(mixed.reshape(*x_BSD.shape[:2], -1)), weights
 
 
 class FomoeRouter(nn.Module):
@@ -207,7 +211,7 @@ class FomoeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x_BSD: Tensor, **attention: Any) -> Tensor:
         """Add both branches to the residual stream."""
-        mixed = self.self_attn(self.input_layernorm(x_BSD), **attention)
+        mixed, _ = self.self_attn(self.input_layernorm(x_BSD), **attention)
         x_BSD = x_BSD + self.multiplier * self.post_attention_layernorm(mixed)
         routed = self.mlp(self.pre_feedforward_layernorm(x_BSD))
         return x_BSD + self.multiplier * self.post_feedforward_layernorm(routed)
@@ -225,6 +229,11 @@ class FomoePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    _can_record_outputs: dict[str, Any] = {
+        "hidden_states": FomoeDecoderLayer,
+        "attentions": FomoeAttention,
+        "router_logits": OutputRecorder(FomoeRouter, index=0),
+    }
     _keep_in_fp32_modules_strict: list[str] | None = ["e_score_correction_bias"]
 
     @torch.no_grad()
@@ -262,7 +271,8 @@ class FomoeModel(FomoePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -271,7 +281,6 @@ class FomoeModel(FomoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Return the normed output of the last layer."""
@@ -294,7 +303,6 @@ class FomoeModel(FomoePreTrainedModel):
         )
         tables = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         x_BSD = self.embed_norm(inputs_embeds)
-        between = [x_BSD]
         for layer in self.layers:
             x_BSD = layer(
                 x_BSD,
@@ -303,14 +311,8 @@ class FomoeModel(FomoePreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            if output_hidden_states:
-                between.append(x_BSD)
         x_BSD = self.norm(x_BSD)
-        return MoeModelOutputWithPast(
-            last_hidden_state=x_BSD,
-            past_key_values=past_key_values,
-            hidden_states=tuple(between) if output_hidden_states else None,
-        )
+        return MoeModelOutputWithPast(last_hidden_state=x_BSD, past_key_values=past_key_values)
 
 
 class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
@@ -336,9 +338,10 @@ class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Return next-token logits, of the last `logits_to_keep` positions if that is not 0."""
         outputs = self.model(
             input_ids=input_ids,
@@ -347,6 +350,11 @@ class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=(
+                self.config.output_router_logits
+                if output_router_logits is None
+                else output_router_logits
+            ),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -354,12 +362,23 @@ class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
         )
 
 
-__all__ = ["FomoeForCausalLM", "FomoeModel", "FomoePreTrainedModel"]
+class FomoeForSequenceClassification(GenericForSequenceClassification, FomoePreTrainedModel):
+    """The decoder with a head that judges a text by its last token."""
+
+
+__all__ = [
+    "FomoeForCausalLM",
+    "FomoeForSequenceClassification",
+    "FomoeModel",
+    "FomoePreTrainedModel",
+]
