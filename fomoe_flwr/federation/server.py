@@ -49,6 +49,7 @@ from fomoe_flwr.run.evaluation import EvalReport, unigram_entropy
 from fomoe_flwr.run.export import assemble, export_model
 from fomoe_flwr.run.heartbeat import Heartbeat
 from fomoe_flwr.run.memory import AnonymousPeak
+from fomoe_flwr.run.model_card import model_card
 from fomoe_flwr.run.phases import Phases
 from fomoe_flwr.run.tracking import Tracker
 from fomoe_flwr.run.turnout import turnout
@@ -287,7 +288,9 @@ class Server:
         try:
             check_folder(self.run.export, "the run's")
             exported = assemble(self.settings, self.state.weights, self.tokenizer)
-            export_model(exported, self.tokenizer, self.run.export, self.state.shard)
+            rows, facts = self.run.read_metrics(), report.environment()
+            card = model_card(self.settings, self.rounds_done, rows, facts)
+            export_model(exported, self.tokenizer, self.run.export, card, self.state.shard)
         except InputError as error:
             print(f"not exported: {error}, with fomoe export {self.run.path} --to", flush=True)
         self.phases.end("export")

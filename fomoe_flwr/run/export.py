@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fomoe_flwr.config import Settings
-from fomoe_flwr.files import mark_folder, replace_folder
+from fomoe_flwr.files import mark_folder, replace_folder, save_text
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_skeleton
 from fomoe_flwr.model.state import hold
@@ -38,9 +38,13 @@ def assemble(
 
 
 def export_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path, shard: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    path: Path,
+    card: str,
+    shard: str = "",
 ) -> None:
-    """Write `model` and `tokenizer` so that stock `from_pretrained` reads both; atomic.
+    """Write `model`, `tokenizer` and a card so that stock `from_pretrained` reads both; atomic.
 
     With a size, such as `500MB`, as many files of that size are written as it takes, and no more
     than about two of them are in memory.
@@ -51,7 +55,11 @@ def export_model(
             _save_by_shards(model, draft, shard)
         else:
             model.save_pretrained(draft)
+        context = getattr(model.config, "max_position_embeddings", None)
+        if context:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, context)
         tokenizer.save_pretrained(draft)
+        save_text(card, draft / "README.md")
         mark_folder(draft)
 
     replace_folder(path, fill)

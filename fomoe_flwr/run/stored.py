@@ -18,6 +18,7 @@ from fomoe_flwr.run.checkpoint import Checkpoint, load_latest
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.evaluation import evaluate, sample_text
 from fomoe_flwr.run.export import SMALL_SHARD, assemble, export_model
+from fomoe_flwr.run.model_card import model_card
 
 
 class StoredRun:
@@ -75,5 +76,8 @@ class StoredRun:
         check_folder(path, "--to")
         path = path.resolve()
         shard = SMALL_SHARD if self.checkpoint.slabs else ""
-        export_model(self.model, self.tokenizer, path, shard)
+        summary = self.run.read_summary()
+        rows = self.run.read_metrics()
+        card = model_card(self.settings, self.checkpoint.server_round, rows, summary)
+        export_model(self.model, self.tokenizer, path, card, shard)
         return path

@@ -255,7 +255,7 @@ def test_a_stranger_loads_the_export_through_trust_remote_code(
     tied: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = model_of(replace(SHAPE, tie_embeddings=tied))
-    export_model(model, tokenizer, tmp_path / "export")
+    export_model(model, tokenizer, tmp_path / "export", "a card")
     names = {path.name for path in (tmp_path / "export").iterdir()}
     assert {"configuration_fomoe.py", "modeling_fomoe.py", "model.safetensors"} <= names
     np.save(tmp_path / "ids.npy", IDS.numpy())

@@ -156,6 +156,13 @@ def test_a_stranger_loads_the_export_and_gets_our_logits(
     assert said["text"].startswith("The quick brown fox")
     assert len(said["text"]) > len("The quick brown fox")
     assert said["back"] == "Hello, world! é"
+    card = (run.export / "README.md").read_text(encoding="utf-8")
+    assert "| rounds | 1 of " in card or "| rounds | 2 of " in card
+    assert f"| family | `{stored.settings.model.family}` |" in card
+    assert str(tmp_path) not in card
+    assert (
+        json.loads((run.export / "tokenizer_config.json").read_text())["model_max_length"] <= 4096
+    )
     assert said["eos"]
 
 
