@@ -10,8 +10,10 @@ as released ones are. The limit is reading the same bytes with `read()`.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,14 @@ def _stored(model: ModelSettings, shapes: Any) -> Any:
                 yield f"{prefix}.experts.{expert}.{part}.weight", _random(*half)
 
 
+@cache
+def _pool() -> torch.Tensor:
+    """Random numbers for all tensors: to draw billions takes minutes."""
+    return torch.empty(2**27, dtype=torch.bfloat16).normal_(std=0.02)
+
+
 def _random(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+    return _pool()[: math.prod(shape)].view(shape).clone()
 
 
 def measure(model: ModelSettings, folder: Path) -> dict[str, Any]:
