@@ -21,7 +21,13 @@ class SettingsError(InputError):
     """A setting that cannot be used; the message names value, allowed range and key."""
 
 
-PATHS = (("data", "path"), ("data", "tokenizer"), ("model", "pretrained"), ("layout", "path"))
+PATHS = (
+    ("data", "path"),
+    ("data", "tokenizer"),
+    ("model", "pretrained"),
+    ("model", "upcycle"),
+    ("layout", "path"),
+)
 """Settings, by section, that name a file or folder of this machine."""
 
 EXACT_ENOUGH = ("bfloat16", "float32")

@@ -76,6 +76,12 @@ class ModelSettings:
     """Standard deviation of initial weights."""
     pretrained: str = ""
     """Folder of a transformers checkpoint to go on from (continued pre-training)."""
+    upcycle: str = ""
+    """Folder of a dense Llama, Mistral or Qwen3 checkpoint to make a MoE of."""
+    upcycle_granularity: int = number(1, at_least=1)
+    """Experts into which each copy of the dense block is cut."""
+    upcycle_noise: float = number(0.0, at_least=0)
+    """Noise on each copy, in standard deviations of the weight."""
     rope_theta: float = number(0.0, at_least=0)
     """Base of the rotary angles; 0 means the family's own."""
     norm_eps: float = number(0.0, at_least=0)

@@ -40,7 +40,7 @@ def prepare_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     Raises DataError when it has more tokens than `model.vocab_size`.
     """
     data, vocab_size = settings.data, settings.model.vocab_size
-    given = data.tokenizer or settings.model.pretrained
+    given = data.tokenizer or settings.model.pretrained or settings.model.upcycle
     tokenizer = load_tokenizer(given) if given else _trained_tokenizer(data, vocab_size)
     if len(tokenizer) > vocab_size:
         raise DataError(
@@ -70,7 +70,7 @@ def check_data(settings: Settings) -> None:
     byte, so text with fewer bytes than a batch has tokens is refused here already.
     """
     data, local = settings.data, settings.local
-    if given := data.tokenizer or settings.model.pretrained:
+    if given := data.tokenizer or settings.model.pretrained or settings.model.upcycle:
         load_tokenizer(given)
     if data.dataset:
         open_stream(data, 0, settings.layout.num_workers)

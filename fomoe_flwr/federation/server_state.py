@@ -25,6 +25,7 @@ from fomoe_flwr.model.homes import MEMORY, WEIGHTS, Home, SlabHome
 from fomoe_flwr.model.pretrained import fill_pretrained
 from fomoe_flwr.model.residency import build_model, build_skeleton
 from fomoe_flwr.model.state import StateError, StateSpec, check_kind, check_state, hold, state_of
+from fomoe_flwr.model.upcycling import fill_upcycled
 from fomoe_flwr.report.units import size
 from fomoe_flwr.run.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from fomoe_flwr.run.directory import RunDirectory
@@ -77,6 +78,8 @@ class ServerState:
             self.weights = {key: kept[key] for key in state_of(self.model)}
             if settings.model.pretrained:
                 fill_pretrained(settings.model.pretrained, settings.model, spec, self.weights)
+            elif settings.model.upcycle:
+                fill_upcycled(settings.model, spec, self.weights, settings.seed)
         else:
             self.weights = self._take(checkpoint, spec)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from fomoe_flwr.config import ModelSettings, Settings, SettingsError
 
+_UPCYCLING = ("upcycle", "upcycle_granularity", "upcycle_noise")
+
 
 def settle(settings: Settings, given: set[str]) -> Settings:
     """Complete settings whose model is described elsewhere; see `config.load_settings`.
@@ -24,10 +26,14 @@ def settle(settings: Settings, given: set[str]) -> Settings:
     own = {key.removeprefix("model.") for key in given if key.startswith("model.")}
     if any(key.startswith("architecture") for key in own):
         raise SettingsError("model.architecture is written by the program: leave it out")
-    if model.pretrained and model.config:
+    given_by = [
+        f"model.{name}={getattr(model, name)}"
+        for name in ("pretrained", "config", "upcycle")
+        if getattr(model, name)
+    ]
+    if len(given_by) > 1:
         raise SettingsError(
-            f"model.pretrained={model.pretrained} and model.config={model.config} contradict each "
-            "other: a checkpoint has a configuration of its own"
+            f"{' and '.join(given_by)} contradict each other: each says alone what the model is"
         )
     if model.pretrained:
         from fomoe_flwr.model.pretrained import pretrained_settings
@@ -38,9 +44,13 @@ def settle(settings: Settings, given: set[str]) -> Settings:
         from fomoe_flwr.model.architecture import fresh_settings
 
         described = fresh_settings(model, own)
+    elif model.upcycle:
+        from fomoe_flwr.model.upcycling import upcycled_settings
+
+        described = upcycled_settings(model, own)
     else:
         return settings
-    kept = ("routing", "pretrained", "config", "entries")
+    kept = ("routing", "pretrained", "config", "entries", *_UPCYCLING)
     described = replace(described, **{name: getattr(model, name) for name in kept})
     return replace(settings, model=described)
 

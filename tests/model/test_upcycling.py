@@ -1,0 +1,119 @@
+"""A MoE made of a dense checkpoint gives the dense model's logits before it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fomoe_flwr.config import Settings, SettingsError, load_settings
+from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.residency import build_model
+from fomoe_flwr.model.source import settle
+from fomoe_flwr.model.state import StateSpec, state_of
+from fomoe_flwr.model.upcycling import fill_upcycled
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "initializer_range": 0.2,
+}
+IDS = torch.randint(5, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def dense(family: str, folder: Path, **more: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, **more)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return model
+
+
+def load(folder: Path, *words: str) -> Settings:
+    return load_settings(["preset=tiny", f"model.upcycle={folder}", *words], settle)
+
+
+def upcycled(settings: Settings) -> PreTrainedModel:
+    model = settings.model
+    config = transformers_config(model, 32)
+    built = build_model(model, config, seed=5).eval()
+    with torch.no_grad():
+        fill_upcycled(model, StateSpec.of(model, config), state_of(built), seed=5)
+    return built
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, scaled rotary": (
+        "llama",
+        {
+            "rope_parameters": {
+                **{"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0},
+                **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("parts", "experts", "top_k"), [(1, 6, 2), (1, 4, 1), (2, 8, 2), (3, 9, 6)]
+)
+def test_the_logits_are_the_dense_models(
+    case: str, parts: int, experts: int, top_k: int, tmp_path: Path
+) -> None:
+    family, more = CASES[case]
+    want = dense(family, tmp_path, **more)(input_ids=IDS).logits
+    words = (f"model.num_experts={experts}", f"model.top_k={top_k}")
+    settings = load(tmp_path, *words, f"model.upcycle_granularity={parts}")
+    assert settings.model.num_experts == experts
+    assert settings.model.expert_size == 24 // parts
+    got = upcycled(settings)(input_ids=IDS).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_tells_the_copies_apart_and_the_seed_repeats_it(tmp_path: Path) -> None:
+    dense("llama", tmp_path)
+    settings = load(tmp_path, "model.num_experts=4", "model.upcycle_noise=0.1")
+    states = [state_of(upcycled(settings)) for _ in range(2)]
+    key = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(states[0][key], states[1][key])
+    apart = states[0][key][0] - states[0][key][1]
+    assert 0.05 < float(apart.std() / states[0][key].std()) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "message"),
+    [
+        ("llama", "model.upcycle_granularity=5", "cannot be cut: model.upcycle_granularity=5"),
+        ("llama", "model.hidden_size=64", "takes its shape with it: leave out model.hidden_size"),
+        ("llama", "model.config=olmoe", "contradict each other"),
+        ("gpt2", "", "has model_type=gpt2, which is not one of llama, mistral, qwen3"),
+    ],
+)
+def test_what_cannot_be_upcycled_is_refused_in_one_line(
+    family: str, words: str, message: str, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(family, **(SIZES if family == "llama" else {}))
+    config.save_pretrained(tmp_path)
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, *words.split())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"has no readable config\.json"):
+        load(tmp_path / "nowhere")
