@@ -70,8 +70,8 @@ def check_data(settings: Settings) -> None:
     byte, so text with fewer bytes than a batch has tokens is refused here already.
     """
     data, local = settings.data, settings.local
-    if given := data.tokenizer or settings.model.pretrained or settings.model.upcycle:
-        load_tokenizer(given)
+    if data.tokenizer or settings.model.pretrained or settings.model.upcycle:
+        prepare_tokenizer(settings)
     if data.dataset:
         open_stream(data, 0, settings.layout.num_workers)
         return

@@ -21,7 +21,7 @@ from fomoe_flwr.errors import one_line
 from fomoe_flwr.model.architecture import described_settings
 from fomoe_flwr.model.families import FAMILIES, config_class, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
-from fomoe_flwr.model.state import Entry, State, StateSpec
+from fomoe_flwr.model.state import Entry, State, StateSpec, state_of
 from fomoe_flwr.model.stored import Recipes, StoredTensors, refusal
 
 _SETTING_OF = {
@@ -88,6 +88,13 @@ def fill_pretrained(
         for entry in spec.expert:
             for row in range(entry.shape[0]):
                 state[entry.key][row].copy_(recipes.read(entry.key, [row], entry.shape)[0])
+
+
+def check_weights(model: ModelSettings) -> None:
+    """Refuse a checkpoint with files missing or damaged, or without a tensor; reads names only."""
+    folder = Path(model.pretrained).expanduser()
+    with _opened(folder, model) as recipes:
+        recipes.check(key for key in state_of(recipes.model))
 
 
 def pretrained_settings(model: ModelSettings) -> ModelSettings:

@@ -8,7 +8,7 @@ that nobody wants, not one byte is read. Nothing is unpickled: safetensors only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -171,6 +171,17 @@ class Recipes:
             made = self._of.setdefault(key, _Recipe(by_pattern.get(pattern or "")))
             made.sources.setdefault(pattern or "", []).append(name)
 
+    def check(self, keys: Iterable[str]) -> None:
+        """Refuse a folder that lacks a tensor. Raises SettingsError, naming the first."""
+        together = any(
+            made.converter is not None and len(made.converter.target_patterns) > 1
+            for made in self._of.values()
+        )
+        missing = [key for key in keys if key not in self._of]
+        # What is stored in one piece with another tensor is known once that is read.
+        if missing and not together:
+            raise refusal(self.stored.folder, f"has no tensor {missing[0]}")
+
     def read(self, key: str, rows: Sequence[int] | None, shape: tuple[int, ...]) -> Tensor:
         """Read `rows` (None = all) of a tensor whose full shape must be `shape`, as fp32.
 
@@ -257,20 +268,27 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
-    """Return which file holds which tensor."""
-    try:
-        if (folder / _INDEX).is_file():
+    """Return which file holds which tensor; every file must be there and whole."""
+    named: dict[str, str] = {}
+    if (folder / _INDEX).is_file():
+        try:
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            files: Mapping[str, str] = index["weight_map"]
-            for name in sorted(set(files.values())):
-                if Path(name).name != name or not (folder / name).is_file():
-                    raise refusal(folder, f"has no file {name}, which its {_INDEX} names")
-            return dict(files)
-        if (folder / _WEIGHTS).is_file():
-            with safe_open(folder / _WEIGHTS, framework="pt") as stored:
-                return dict.fromkeys(stored.keys(), _WEIGHTS)
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise refusal(folder, f"is damaged: {error}") from error
-    raise refusal(
-        folder, f"has neither {_WEIGHTS} nor {_INDEX}: other formats are not read, convert it first"
-    )
+            named = dict(index["weight_map"])
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise refusal(folder, f"is damaged: {_INDEX}: {error}") from error
+    elif not (folder / _WEIGHTS).is_file():
+        raise refusal(
+            folder,
+            f"has neither {_WEIGHTS} nor {_INDEX}: other formats are not read, convert it first",
+        )
+    files: dict[str, str] = {}
+    for name in sorted(set(named.values())) or [_WEIGHTS]:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise refusal(folder, f"has no file {name}, which its {_INDEX} names")
+        try:
+            # Its header says how long it must be.
+            with safe_open(folder / name, framework="pt") as stored:
+                files |= dict.fromkeys(stored.keys(), name)
+        except (OSError, SafetensorError) as error:
+            raise refusal(folder, f"is damaged: {name}: {error}") from error
+    return {key: file for key, file in files.items() if not named or named.get(key) == file}

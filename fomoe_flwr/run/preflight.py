@@ -6,12 +6,15 @@ from pathlib import Path
 
 import torch
 
-from fomoe_flwr.config import Settings
+from fomoe_flwr.config import RoutingMode, Settings
 from fomoe_flwr.costs import layout_context, worker_parameters
 from fomoe_flwr.data.inventory import check_inventory
 from fomoe_flwr.data.source import check_data
 from fomoe_flwr.layout import check_layout
-from fomoe_flwr.model.pretrained import check_pretrained
+from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.pretrained import check_weights
+from fomoe_flwr.model.residency import build_model
+from fomoe_flwr.model.stored import StoredTensors
 from fomoe_flwr.parallel.batch_split import BatchSplit
 from fomoe_flwr.parallel.choice import num_processes
 from fomoe_flwr.parameters.shapes import num_sparse_layers
@@ -42,7 +45,14 @@ def preflight(settings: Settings) -> None:
         count = num_processes(settings, device.type, torch.cuda.device_count())
         check_worker_memory(settings, worker_parameters(settings), device, count)
     if model.pretrained:
-        check_pretrained(Path(model.pretrained), model)
+        check_weights(model)
+    if model.upcycle:
+        StoredTensors(Path(model.upcycle).expanduser())
+    if model.architecture and model.routing_mode is RoutingMode.PARTITIONED:
+        # Its class is asked here, not by a worker in the first round.
+        fewest = max(1, model.num_experts * settings.layout.overlap // settings.layout.num_workers)
+        held = (tuple(range(min(fewest, model.num_experts))),) * num_sparse_layers(model)
+        build_model(model, transformers_config(model, 0), held, device="meta")
     check_tracker(settings)
     check_data(settings)
     if settings.resume:

@@ -5,6 +5,8 @@ Learning rates are so small that no weight moves, so the export must give the ch
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,68 @@ def test_a_round_that_changes_nothing_exports_the_checkpoints_logits(
         want, got = (m(input_ids=ids, use_cache=False).logits for m in (stock, exported))
     scale = float(want.abs().max())
     torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def released(small_text: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "released"
+    class_of(tiny("deepseek_v3"))._from_config(tiny("deepseek_v3")).save_pretrained(
+        folder, max_shard_size="20KB"
+    )
+    text = small_text.read_text(encoding="utf-8")
+    train_tokenizer([text], 300).save_pretrained(folder)
+    return folder
+
+
+def lose_a_file(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def cut_a_file(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_a_tensor(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    del index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index), encoding="utf-8")
+
+
+def lose_the_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def have_more_words(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"] |= {"zzzz": 400}
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lose_a_file, "has no file model-00002-of-"),
+        (cut_a_file, "is damaged: model-00002-of-"),
+        (lose_a_tensor, "has no tensor model.norm.weight"),
+        (lose_the_tokenizer, "cannot be loaded"),
+        (have_more_words, "tokens, model.vocab_size=300 is too small"),
+    ],
+)
+def test_a_folder_that_lacks_something_is_refused_before_anything_is_written(
+    harm: Callable[[Path], None],
+    message: str,
+    released: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    harm(released)
+    out = tmp_path / "run"
+    words = ["preset=tiny", "engine=in_process", "layout.num_workers=2", "layout.overlap=1"]
+    assert main(["run", *words, f"model.pretrained={released}", f"output_dir={out}"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1]
+    assert not out.exists()
