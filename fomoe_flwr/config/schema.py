@@ -84,6 +84,8 @@ class ModelSettings:
     """Noise on each copy, in standard deviations of the weight."""
     rope_theta: float = number(0.0, at_least=0)
     """Base of the rotary angles; 0 means the family's own."""
+    max_positions: int = number(0, at_least=0)
+    """Longest text that an export's configuration names; 0 means a window, at least 2048."""
     norm_eps: float = number(0.0, at_least=0)
     """0 means the family's own."""
     base_hidden_size: int = number(256, at_least=1)

@@ -152,7 +152,7 @@ def transformers_config(
         "num_key_value_heads": model.num_kv_heads,
         "num_experts_per_tok": model.top_k,
         "norm_topk_prob": model.norm_topk,
-        "max_position_embeddings": max(sequence_length, 2048),
+        "max_position_embeddings": model.max_positions or max(sequence_length, 2048),
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
         "eos_token_id": eos_token_id,

@@ -37,6 +37,7 @@ _SETTING_OF = {
     "norm_topk_prob": "norm_topk",
     "tie_word_embeddings": "tie_embeddings",
     "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_positions",
     "base_hidden_size": "base_hidden_size",
     "base_num_layers": "base_num_layers",
 }

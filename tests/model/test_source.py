@@ -86,6 +86,7 @@ def test_what_the_fields_can_name_needs_no_description(tmp_path: Path) -> None:
     folder = folder_of("qwen3_moe", tmp_path, sliding_window=None)
     model = load(f"model.pretrained={folder}").model
     assert (model.family, model.num_experts, model.architecture) == ("qwen3_moe", 8, {})
+    assert transformers_config(model, 8).max_position_embeddings == 64
 
 
 def test_fields_that_agree_with_the_checkpoint_may_be_given(tmp_path: Path) -> None:
