@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test needs a hub. Without one, libraries ask again and again before they give up.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 from hydra.core.override_parser.types import Override
 
@@ -23,6 +24,11 @@ from fomoe_flwr.config import DataSettings, ModelSettings, Settings, compose
 
 if TYPE_CHECKING:
     from fomoe_flwr.run.directory import RunDirectory
+
+
+# A machine with other work must not fail a test by its time.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
