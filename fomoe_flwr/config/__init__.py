@@ -5,7 +5,13 @@ to them. A wrong value is refused with the value, the allowed range and the key 
 no Flower.
 """
 
-from fomoe_flwr.config.checks import LOCAL_STREAMS, PATHS, SettingsError, check, did_you_mean
+from fomoe_flwr.config.checks import (
+    LOCAL_STREAMS,
+    PATHS,
+    SettingsError,
+    check,
+    fewest_residents,
+)
 from fomoe_flwr.config.compose import (
     RESUMABLE_KEYS,
     conf_dir,

@@ -161,13 +161,19 @@ def _check_family(model: ModelSettings) -> None:
         )
 
 
+def fewest_residents(settings: Settings) -> int:
+    """Return how many experts of a layer the worker with the fewest holds, as far as is known."""
+    layout = settings.layout
+    even = settings.model.num_experts * layout.overlap // layout.num_workers
+    return min(layout.residents, default=even)
+
+
 def _check_partitioned(settings: Settings) -> None:
     """Refuse `partitioned` where a worker's router would have too few rows for its family."""
-    model, layout = settings.model, settings.layout
+    model = settings.model
     if model.family not in SHARED_EXPERT_FAMILIES or model.routing != "partitioned":
         return
-    even = model.num_experts * layout.overlap // layout.num_workers
-    fewest = min(layout.residents, default=even)
+    fewest = fewest_residents(settings)
     if fewest < 2:
         raise SettingsError(
             f"model.routing=partitioned with model.family={model.family} needs two residents per "

@@ -73,7 +73,7 @@ def load_settings(overrides: Iterable[str] = (), settle: Settle | None = None) -
     """Compose `conf/` with Hydra overrides and return checked settings.
 
     `settle` takes new settings and the names of those that were given one by one, and may complete
-    them before they are checked: `model.architecture` does, where a model is described elsewhere.
+    them before they are checked: `model.source` does, where a model is described elsewhere.
     Raises SettingsError, one line, for an unknown key, a wrong type, a value out of range or
     values that contradict each other. With `resume=RUN_DIR` the stored settings of that run are
     taken and only `RESUMABLE_KEYS` may be overridden.

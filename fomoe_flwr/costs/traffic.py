@@ -220,8 +220,9 @@ def _part_sizes(
     shared = [[0, 0] for _ in range(num_fragments)]
     held = [[[0, 0] for _ in range(num_fragments)] for _ in range(layout.num_workers)]
     holders = [_by_count(of_workers) for of_workers in layout.residents]
-    sparse = sparse_layers(parameter_shapes(model))
-    for kind, shapes in enumerate((parameter_shapes(model), buffer_shapes(model))):
+    parameters = parameter_shapes(model)
+    sparse = sparse_layers(parameters)
+    for kind, shapes in enumerate((parameters, buffer_shapes(model))):
         for key, shape in shapes.items():
             row_size = math.prod(shape[1:])
             if not is_expert_key(key, model.routing_mode):

@@ -35,12 +35,12 @@ STREAM_TOKENIZER_DOCUMENTS = 20_000
 
 
 def prepare_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
-    """Load `data.tokenizer`, else that of `model.pretrained`, else train one on the training text.
+    """Load `data.tokenizer`, else that of the model's folder, else train one on the training text.
 
     Raises DataError when it has more tokens than `model.vocab_size`.
     """
     data, vocab_size = settings.data, settings.model.vocab_size
-    given = data.tokenizer or settings.model.pretrained or settings.model.upcycle
+    given = _given_tokenizer(settings)
     tokenizer = load_tokenizer(given) if given else _trained_tokenizer(data, vocab_size)
     if len(tokenizer) > vocab_size:
         raise DataError(
@@ -50,6 +50,10 @@ def prepare_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise DataError(f"data.tokenizer={given} has no end-of-text token to pack with")
     return tokenizer
+
+
+def _given_tokenizer(settings: Settings) -> str:
+    return settings.data.tokenizer or settings.model.pretrained or settings.model.upcycle
 
 
 def evaluation_blocks(
@@ -70,7 +74,7 @@ def check_data(settings: Settings) -> None:
     byte, so text with fewer bytes than a batch has tokens is refused here already.
     """
     data, local = settings.data, settings.local
-    if data.tokenizer or settings.model.pretrained or settings.model.upcycle:
+    if _given_tokenizer(settings):
         prepare_tokenizer(settings)
     if data.dataset:
         open_stream(data, 0, settings.layout.num_workers)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fomoe_flwr.config import ModelSettings, SettingsError
 from fomoe_flwr.errors import one_line
-from fomoe_flwr.model.blocks import FamilyError, moe_blocks, num_experts, trial
+from fomoe_flwr.model.blocks import FamilyError, checked_blocks, num_experts, trial
 from fomoe_flwr.model.experts import form_of
 from fomoe_flwr.model.families import class_of, config_class
 from fomoe_flwr.parameters.keys import has_layer, layer_of
@@ -85,11 +85,9 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
     """
     model = _on_meta(config)
     try:
-        blocks = list(moe_blocks(model))
+        blocks = checked_blocks(model)
     except FamilyError as error:
         raise _refusal(config, str(error)) from error
-    if not blocks:
-        raise _refusal(config, "it has no experts with the interface of transformers")
     first = blocks[0]
     form, down = form_of(first.experts), first.experts.down_proj
     asked = trial(blocks[-1].router, config.hidden_size)
@@ -117,7 +115,7 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
     shape["num_kv_heads"] = _entry(config, "num_kv_heads") or shape.get("num_heads", 1)
     shape["head_size"] = _entry(config, "head_size") or 0
     architecture = {
-        "config": _entries(config),
+        "config": entries_of(config),
         "groups": _groups(model),
         "has_bias": first.bias is not None,
         "attended": _attended(config, shape),
@@ -184,7 +182,7 @@ def _known_entries(kind: type[PreTrainedConfig]) -> set[str]:
     return names | taken | set(kind.attribute_map)
 
 
-def _entries(config: PreTrainedConfig) -> dict[str, Any]:
+def entries_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the entries that say what the model computes."""
     entries = config.to_dict() | {"model_type": config.model_type}
     return {key: _plain(each) for key, each in entries.items() if key not in _OF_A_FILE}

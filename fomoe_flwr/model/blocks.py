@@ -50,16 +50,6 @@ class MoeBlock:
         return self.owner.get_submodule(self.experts_name)
 
     @property
-    def router_key(self) -> str:
-        """Prefix of the router's state keys."""
-        return f"{self.path}.{self.router_name}."
-
-    @property
-    def experts_key(self) -> str:
-        """Prefix of the experts' state keys."""
-        return f"{self.path}.{self.experts_name}."
-
-    @property
     def bias(self) -> Tensor | None:
         """The selection bias, [E], that moves with the load; None for a router without one."""
         found = [
@@ -92,8 +82,8 @@ def num_experts(experts: Any) -> int:
     return len(rows)
 
 
-def check_blocks(model: nn.Module) -> None:
-    """Refuse a model whose ghosts could not be skipped. Raises FamilyError with the reason."""
+def checked_blocks(model: nn.Module) -> list[MoeBlock]:
+    """Return the blocks of a model whose ghosts can be skipped; else raise FamilyError, and why."""
     blocks = list(moe_blocks(model))
     if not blocks:
         raise FamilyError("it has no experts with the interface of transformers")
@@ -105,6 +95,7 @@ def check_blocks(model: nn.Module) -> None:
         raise FamilyError(f"its layers have different numbers of experts: {sorted(sizes)}")
     for block in blocks:
         form_of(block.experts)
+    return blocks
 
 
 def score_function(router: nn.Module, hidden_size: int) -> str:

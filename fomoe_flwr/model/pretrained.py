@@ -6,7 +6,6 @@ unpickled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,26 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fomoe_flwr.config import ModelSettings, SettingsError
-from fomoe_flwr.errors import one_line
-from fomoe_flwr.model.architecture import described_settings
+from fomoe_flwr.model.architecture import ENTRIES_OF, described_settings, entries_of
 from fomoe_flwr.model.families import FAMILIES, config_class, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import Entry, State, StateSpec, state_of
-from fomoe_flwr.model.stored import Recipes, StoredTensors, refusal
+from fomoe_flwr.model.stored import Recipes, StoredTensors, config_words, made_config, refusal
 
 _SETTING_OF = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_size",
-    "num_local_experts": "num_experts",
-    "num_experts_per_tok": "top_k",
-    "n_shared_experts": "num_shared_experts",
-    "norm_topk_prob": "norm_topk",
-    "tie_word_embeddings": "tie_embeddings",
-    "rms_norm_eps": "norm_eps",
+    entry: name
+    for name, entries in ENTRIES_OF.items()
+    if name not in ("expert_size", "init_std")
+    for entry in entries
+} | {
     "max_position_embeddings": "max_positions",
     "base_hidden_size": "base_hidden_size",
     "base_num_layers": "base_num_layers",
@@ -142,7 +133,7 @@ def _opened(folder: Path, model: ModelSettings) -> Iterator[Recipes]:
     """Open a checkpoint that must be this model's."""
     check_pretrained(folder, model)
     whole = build_model(model, transformers_config(model, 0), device="meta")
-    with StoredTensors(folder, _block(folder)) as stored:
+    with StoredTensors(folder, block=_block(folder)) as stored:
         yield Recipes(whole, stored)
 
 
@@ -153,38 +144,29 @@ def _read_shared(recipes: Recipes, entry: Entry) -> Tensor:
 
 def _block(folder: Path) -> tuple[int, int]:
     """Return the rows and columns that share a scale in a checkpoint of 8 bits."""
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rows, columns = (stored.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+    quantised = config_words(folder).get("quantization_config") or {}
+    rows, columns = quantised.get("weight_block_size") or (128, 128)
     return int(rows), int(columns)
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
+    words = config_words(folder)
+    kind = words.get("model_type")
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = stored.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise refusal(folder, f"has no readable config.json: {error}") from error
-    try:
-        known = config_class(str(kind))
+        config_class(str(kind))
     except SettingsError:
         raise refusal(
             folder,
             f"has model_type={kind}, which transformers {transformers.__version__} does not know",
         ) from None
-    quantised = stored.get("quantization_config")
+    quantised = words.get("quantization_config")
     if quantised and quantised.get("quant_method") != "fp8":
         raise refusal(
             folder,
             f"is quantised with {quantised.get('quant_method')}: store it in bfloat16 first "
             "(fp8 with scales is read)",
         )
-    try:
-        # It knows how infinity is written.
-        words = known._dict_from_json_file(folder / "config.json")
-        words.pop("quantization_config", None)
-        return known.from_dict(words)
-    except Exception as error:  # each family refuses in its own way
-        raise refusal(folder, f"has a config.json that is none: {one_line(error)}") from error
+    return made_config(folder, words)
 
 
 def check_pretrained(folder: Path, model: ModelSettings) -> None:
@@ -221,7 +203,7 @@ def check_pretrained(folder: Path, model: ModelSettings) -> None:
 
 def _check_described(folder: Path, theirs: PreTrainedConfig, model: ModelSettings) -> None:
     """Refuse a folder whose configuration is not the one that the settings hold."""
-    if described_settings(theirs).architecture != model.architecture:
+    if entries_of(theirs) != model.architecture["config"]:
         raise refusal(folder, "has another config.json than the run began with")
 
 

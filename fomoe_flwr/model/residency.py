@@ -18,7 +18,7 @@ from fomoe_flwr.config import ModelSettings, RoutingMode
 from fomoe_flwr.model.blocks import (
     FamilyError,
     MoeBlock,
-    check_blocks,
+    checked_blocks,
     moe_blocks,
     num_experts,
     score_function,
@@ -99,15 +99,11 @@ def build_skeleton(
 def _known(built: PreTrainedModel, model: ModelSettings) -> list[MoeBlock]:
     """Return the blocks of a whole model, and write down how their routers score."""
     try:
-        check_blocks(built)
+        blocks = checked_blocks(built)
     except FamilyError as error:
         raise FamilyError(f"model.family={model.family} cannot be trained: {error}") from error
-    blocks, scores = list(moe_blocks(built)), dict[type, str]()
     for block in blocks:
-        kind = type(block.router)
-        if kind not in scores:
-            scores[kind] = score_function(block.router, built.config.hidden_size)
-        block.router.score_function = scores[kind]
+        block.router.score_function = score_function(block.router, built.config.hidden_size)
     return blocks
 
 
@@ -115,29 +111,21 @@ def _cut(
     model: PreTrainedModel, blocks: list[MoeBlock], settings: ModelSettings, residents: Residents
 ) -> None:
     """Replace, on meta, every per-expert parameter or buffer `[E, ...]` by one of `[R, ...]`."""
-    routing, rows_of_layer = settings.routing_mode, dict[int, int]()
-    total = num_experts(blocks[0].experts)
+    routing, total = settings.routing_mode, num_experts(blocks[0].experts)
     for block, held in zip(blocks, residents, strict=True):
-        rows_of_layer[block.layer] = len(held)
         if routing is RoutingMode.PARTITIONED:
             _narrow(model, block, settings, len(held), total)
-        else:
-            block.experts.register_buffer(
-                "slot_of_expert",
-                torch.empty(total, dtype=torch.long, device="meta"),
-                persistent=False,
-            )
-    for block in blocks:
-        inside = (*block.owner.named_parameters(), *block.owner.named_buffers())
-        for name, tensor in inside:
-            is_expert = is_expert_key(f"{block.path}.{name}", routing)
-            owner_name, _, leaf = name.rpartition(".")
-            if is_expert and leaf != "slot_of_expert":
-                shape = (rows_of_layer[block.layer], *tensor.shape[1:])
+        for name, tensor in (*block.owner.named_parameters(), *block.owner.named_buffers()):
+            if is_expert_key(f"{block.path}.{name}", routing):
+                owner_name, _, leaf = name.rpartition(".")
+                shape = (len(held), *tensor.shape[1:])
                 cut = torch.empty(shape, dtype=tensor.dtype, device="meta")
                 value = nn.Parameter(cut) if isinstance(tensor, nn.Parameter) else cut
                 setattr(block.owner.get_submodule(owner_name), leaf, value)
-        block.experts.num_experts = rows_of_layer[block.layer]
+        block.experts.num_experts = len(held)
+        if routing is RoutingMode.SKIP_TOKEN:
+            slots = torch.empty(total, dtype=torch.long, device="meta")
+            block.experts.register_buffer("slot_of_expert", slots, persistent=False)
     if routing is RoutingMode.PARTITIONED:
         _check_narrowed(model, blocks, settings)
 
@@ -146,18 +134,12 @@ def _narrow(
     model: PreTrainedModel, block: MoeBlock, settings: ModelSettings, count: int, total: int
 ) -> None:
     """Make a router choose among `count` experts: what it picks are slots already."""
-    router = block.router
-    whole = [
-        name
-        for name, value in (*router.named_parameters(), *router.named_buffers())
-        if not value.dim() or len(value) != total
-    ]
-    why = ""
-    if whole:
-        why = f"its router has {whole[0]}, which has no row for each expert"
-    elif getattr(model.config, "n_group", None) not in (None, 1):
-        why = f"its router chooses among n_group={model.config.n_group} groups of experts"
-    for module in (router, block.owner):
+    if why := _whole_part(model, block, total):
+        raise FamilyError(
+            f"model.routing=partitioned is not possible with model.family={settings.family}: "
+            f"{why}; use model.routing=skip_token"
+        )
+    for module in (block.router, block.owner):
         for name, value in vars(module).items():
             if type(value) is not int:
                 continue
@@ -165,11 +147,17 @@ def _narrow(
                 setattr(module, name, count)
             elif ("top" in name or "per_tok" in name) and value == settings.top_k:
                 setattr(module, name, min(value, count))
-    if why:
-        raise FamilyError(
-            f"model.routing=partitioned is not possible with model.family={settings.family}: "
-            f"{why}; use model.routing=skip_token"
-        )
+
+
+def _whole_part(model: PreTrainedModel, block: MoeBlock, total: int) -> str:
+    """Say what of a router cannot be cut expert by expert; nothing if all can."""
+    for name, value in (*block.router.named_parameters(), *block.router.named_buffers()):
+        if not value.dim() or len(value) != total:
+            return f"its router has {name}, which has no row for each expert"
+    groups = getattr(model.config, "n_group", None)
+    if groups not in (None, 1):
+        return f"its router chooses among n_group={groups} groups of experts"
+    return ""
 
 
 def _check_narrowed(

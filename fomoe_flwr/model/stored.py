@@ -8,8 +8,8 @@ that nobody wants, not one byte is read. Nothing is unpickled: safetensors only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -29,6 +29,8 @@ from transformers.core_model_loading import (
 )
 
 from fomoe_flwr.config import SettingsError
+from fomoe_flwr.errors import one_line
+from fomoe_flwr.model.families import config_class
 from fomoe_flwr.parameters.keys import of_expert
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,6 +43,8 @@ class StoredTensors:
     """The tensors of a folder by name, read when asked for. Use as a context manager."""
 
     folder: Path
+    setting: str = "model.pretrained"
+    """The setting that gave the folder, for errors."""
     block: tuple[int, int] = (128, 128)
     """Rows and columns that have a scale in common, where numbers are stored in 8 bits."""
     _files: dict[str, str] = field(init=False)
@@ -48,7 +52,7 @@ class StoredTensors:
     _stack: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __post_init__(self) -> None:
-        self._files = _tensor_files(self.folder)
+        self._files = _tensor_files(self.folder, self.setting)
 
     def __enter__(self) -> StoredTensors:
         return self
@@ -57,9 +61,6 @@ class StoredTensors:
         self._stack.close()
         self._open.clear()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
     def names(self) -> list[str]:
         """List all tensors but scales, numbers in names in their order."""
         return sorted((n for n in self._files if not n.endswith(_SCALE)), key=dot_natural_key)
@@ -67,7 +68,7 @@ class StoredTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape. Raises SettingsError if it is missing."""
         if name not in self._files:
-            raise refusal(self.folder, f"has no tensor {name}")
+            raise self.refusal(f"has no tensor {name}")
         with self._damage(name):
             return tuple(self._file(name).get_slice(name).get_shape())
 
@@ -90,7 +91,7 @@ class StoredTensors:
         if read.dtype is torch.int64:  # a table of ids, as the routers of some layers are
             return read.float()
         if not read.is_floating_point() or read.element_size() < 2:
-            raise refusal(self.folder, f"has {name} of {read.dtype}, too coarse to train")
+            raise self.refusal(f"has {name} of {read.dtype}, too coarse to train")
         return read.float()
 
     def _scaled(self, name: str) -> Tensor:
@@ -109,23 +110,17 @@ class StoredTensors:
             self._open[file] = self._stack.enter_context(opened)
         return self._open[file]
 
-    def _damage(self, name: str) -> _Damage:
-        return _Damage(self.folder, name)
+    def refusal(self, what: str) -> SettingsError:
+        """Return the error that names the folder and its setting."""
+        return refusal(self.folder, what, self.setting)
 
-
-@dataclass(frozen=True)
-class _Damage:
-    """Tells what cannot be read in one line."""
-
-    folder: Path
-    name: str
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _: object, error: object, __: object) -> None:
-        if isinstance(error, OSError | SafetensorError | RuntimeError):
-            raise refusal(self.folder, f"cannot give {self.name}: {error}") from error
+    @contextmanager
+    def _damage(self, name: str) -> Iterator[None]:
+        """Tell what cannot be read in one line."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise self.refusal(f"cannot give {name}: {error}") from error
 
 
 @dataclass
@@ -180,7 +175,7 @@ class Recipes:
         missing = [key for key in keys if key not in self._of]
         # What is stored in one piece with another tensor is known once that is read.
         if missing and not together:
-            raise refusal(self.stored.folder, f"has no tensor {missing[0]}")
+            raise self.stored.refusal(f"has no tensor {missing[0]}")
 
     def read(self, key: str, rows: Sequence[int] | None, shape: tuple[int, ...]) -> Tensor:
         """Read `rows` (None = all) of a tensor whose full shape must be `shape`, as fp32.
@@ -215,7 +210,7 @@ class Recipes:
         try:
             parts = converter.convert(key, model=self.model, config=self.model.config)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise refusal(self.stored.folder, f"cannot give {key}: {error}") from error
+            raise self.stored.refusal(f"cannot give {key}: {error}") from error
         for name, value in parts.items():
             if name == key and value.shape[1:] != shape[1:]:
                 raise self._misfit(key, tuple(value.shape), shape)
@@ -240,18 +235,39 @@ class Recipes:
                 parts = self._converted(first, made, rows, shape)
                 if key in parts:
                     return parts[key]
-        raise refusal(self.stored.folder, f"has no tensor {key}")
+        raise self.stored.refusal(f"has no tensor {key}")
 
     def _misfit(self, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> SettingsError:
-        return refusal(
-            self.stored.folder,
+        return self.stored.refusal(
             f"has {name} of shape {list(found)}, the settings expect {list(shape)}",
         )
 
 
-def refusal(folder: Path, what: str) -> SettingsError:
-    """Return the error that names the folder."""
-    return SettingsError(f"model.pretrained={folder} {what}")
+def refusal(folder: Path, what: str, setting: str = "model.pretrained") -> SettingsError:
+    """Return the error that names a folder and the setting that gave it."""
+    return SettingsError(f"{setting}={folder} {what}")
+
+
+def config_words(folder: Path, setting: str = "model.pretrained") -> dict[str, Any]:
+    """Read a folder's `config.json`. Raises SettingsError if it is none."""
+    try:
+        # It knows how infinity is written.
+        words = PreTrainedConfig._dict_from_json_file(folder / "config.json")
+        return dict(words.items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise refusal(folder, f"has no readable config.json: {error}", setting) from error
+
+
+def made_config(
+    folder: Path, words: Mapping[str, Any], setting: str = "model.pretrained"
+) -> PreTrainedConfig:
+    """Make the configuration of `config_words`. Raises SettingsError if its class refuses."""
+    plain = {key: value for key, value in words.items() if key != "quantization_config"}
+    try:
+        return config_class(str(words["model_type"])).from_dict(plain)
+    except Exception as error:  # each family refuses in its own way
+        text = f"has a config.json that is none: {one_line(error)}"
+        raise refusal(folder, text, setting) from error
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -267,7 +283,7 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _tensor_files(folder: Path) -> dict[str, str]:
+def _tensor_files(folder: Path, setting: str) -> dict[str, str]:
     """Return which file holds which tensor; every file must be there and whole."""
     named: dict[str, str] = {}
     if (folder / _INDEX).is_file():
@@ -275,20 +291,21 @@ def _tensor_files(folder: Path) -> dict[str, str]:
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
             named = dict(index["weight_map"])
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise refusal(folder, f"is damaged: {_INDEX}: {error}") from error
+            raise refusal(folder, f"is damaged: {_INDEX}: {error}", setting) from error
     elif not (folder / _WEIGHTS).is_file():
         raise refusal(
             folder,
             f"has neither {_WEIGHTS} nor {_INDEX}: other formats are not read, convert it first",
+            setting,
         )
     files: dict[str, str] = {}
     for name in sorted(set(named.values())) or [_WEIGHTS]:
         if Path(name).name != name or not (folder / name).is_file():
-            raise refusal(folder, f"has no file {name}, which its {_INDEX} names")
+            raise refusal(folder, f"has no file {name}, which its {_INDEX} names", setting)
         try:
             # Its header says how long it must be.
             with safe_open(folder / name, framework="pt") as stored:
                 files |= dict.fromkeys(stored.keys(), name)
         except (OSError, SafetensorError) as error:
-            raise refusal(folder, f"is damaged: {name}: {error}") from error
+            raise refusal(folder, f"is damaged: {name}: {error}", setting) from error
     return {key: file for key, file in files.items() if not named or named.get(key) == file}

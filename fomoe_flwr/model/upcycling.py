@@ -8,23 +8,21 @@ weighted by 1/G, so what leaves them is multiplied by G.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING
 
 from fomoe_flwr.config import ModelSettings, SettingsError
-from fomoe_flwr.errors import one_line
 from fomoe_flwr.model.architecture import described_settings
 from fomoe_flwr.model.families import config_class
 from fomoe_flwr.model.state import State, StateSpec
-from fomoe_flwr.model.stored import StoredTensors
+from fomoe_flwr.model.stored import StoredTensors, config_words, made_config, refusal
 from fomoe_flwr.parameters.keys import is_any_expert_key, is_router_key
 
+_SETTING = "model.upcycle"
 _MOE_OF = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
 """Dense families, and the MoE family whose attention and norms are theirs."""
 
@@ -69,7 +67,7 @@ def fill_upcycled(model: ModelSettings, spec: StateSpec, state: State, seed: int
     """Write a dense checkpoint into the state of a MoE, one expert in memory at a time."""
     parts = model.upcycle_granularity
     generator = torch.Generator().manual_seed(seed)
-    with StoredTensors(Path(model.upcycle).expanduser()) as stored:
+    with dense_tensors(model) as stored:
         for entry in (*spec.shared, *spec.expert):
             target = state[entry.key]
             if is_router_key(entry.key):
@@ -101,11 +99,8 @@ def _fill_experts(
 
 
 def _dense_config(folder: Path) -> Any:
-    try:
-        words = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = words.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise _refusal(folder, f"has no readable config.json: {error}") from error
+    words = config_words(folder, _SETTING)
+    kind = words.get("model_type")
     if kind not in _MOE_OF:
         known = ", ".join(_MOE_OF)
         raise _refusal(folder, f"has model_type={kind}, which is not one of {known}")
@@ -113,11 +108,13 @@ def _dense_config(folder: Path) -> Any:
         raise _refusal(folder, "is quantised: store it in bfloat16 first")
     if words.get("mlp_bias") or (words.get("attention_bias") and kind != "qwen3"):
         raise _refusal(folder, "has biases, which the MoE family lacks")
-    try:
-        return CONFIG_MAPPING[kind].from_dict(words)
-    except Exception as error:  # each family refuses in its own way
-        raise _refusal(folder, f"has a config.json that is none: {one_line(error)}") from error
+    return made_config(folder, words, _SETTING)
+
+
+def dense_tensors(model: ModelSettings) -> StoredTensors:
+    """Open the dense checkpoint. Raises SettingsError if a file is missing or damaged."""
+    return StoredTensors(Path(model.upcycle).expanduser(), _SETTING)
 
 
 def _refusal(folder: Path, what: str) -> SettingsError:
-    return SettingsError(f"model.upcycle={folder} {what}")
+    return refusal(folder, what, _SETTING)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fomoe_flwr.config import PATHS, Settings
-from fomoe_flwr.parameters.shapes import layer_groups
+from fomoe_flwr.costs import parameter_counts
 
 
 def model_card(
@@ -24,12 +23,8 @@ def model_card(
     """
     losses = [row["eval/loss"] for row in rows if row["round"] == rounds]
     model, layout, local = settings.model, settings.layout, settings.local
-    numel = sum(
-        group.copies * math.prod(shape)
-        for group in layer_groups(model)
-        for shape in group.shapes.values()
-    )
-    begun = f"`{Path(model.pretrained).name}`" if model.pretrained else "new weights"
+    source = model.pretrained or model.upcycle
+    begun = f"`{Path(source).name}`" if source else "new weights"
     lines = [
         "---",
         "library_name: transformers",
@@ -45,7 +40,7 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| family | `{model.family}` |",
-        f"| parameters | {numel:,} |",
+        f"| parameters | {parameter_counts(model).total:,} |",
         f"| experts | {model.num_experts}, {model.top_k} a token |",
         f"| begun with | {begun} |",
         f"| text | {_text(settings)} |",

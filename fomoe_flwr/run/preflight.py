@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fomoe_flwr.config import RoutingMode, Settings
+from fomoe_flwr.config import RoutingMode, Settings, fewest_residents
 from fomoe_flwr.costs import layout_context, worker_parameters
 from fomoe_flwr.data.inventory import check_inventory
 from fomoe_flwr.data.source import check_data
@@ -14,7 +14,7 @@ from fomoe_flwr.layout import check_layout
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.pretrained import check_weights
 from fomoe_flwr.model.residency import build_model
-from fomoe_flwr.model.stored import StoredTensors
+from fomoe_flwr.model.upcycling import dense_tensors
 from fomoe_flwr.parallel.batch_split import BatchSplit
 from fomoe_flwr.parallel.choice import num_processes
 from fomoe_flwr.parameters.shapes import num_sparse_layers
@@ -47,11 +47,10 @@ def preflight(settings: Settings) -> None:
     if model.pretrained:
         check_weights(model)
     if model.upcycle:
-        StoredTensors(Path(model.upcycle).expanduser())
+        dense_tensors(model)
     if model.architecture and model.routing_mode is RoutingMode.PARTITIONED:
         # Its class is asked here, not by a worker in the first round.
-        fewest = max(1, model.num_experts * settings.layout.overlap // settings.layout.num_workers)
-        held = (tuple(range(min(fewest, model.num_experts))),) * num_sparse_layers(model)
+        held = (tuple(range(max(1, fewest_residents(settings)))),) * layers
         build_model(model, transformers_config(model, 0), held, device="meta")
     check_tracker(settings)
     check_data(settings)

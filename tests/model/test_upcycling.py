@@ -14,7 +14,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.source import settle
 from fomoe_flwr.model.state import StateSpec, state_of
-from fomoe_flwr.model.upcycling import fill_upcycled
+from fomoe_flwr.model.upcycling import dense_tensors, fill_upcycled
 
 SIZES = {
     "vocab_size": 300,
@@ -117,3 +117,12 @@ def test_what_cannot_be_upcycled_is_refused_in_one_line(
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"has no readable config\.json"):
         load(tmp_path / "nowhere")
+
+
+def test_a_damaged_dense_checkpoint_is_named_by_its_own_setting(tmp_path: Path) -> None:
+    dense("llama", tmp_path)
+    settings = load(tmp_path, "model.num_experts=4")
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SettingsError, match=rf"model\.upcycle={tmp_path} is damaged"):
+        dense_tensors(settings.model)

@@ -21,7 +21,6 @@ from fomoe_flwr.errors import RunError
 from fomoe_flwr.federation.deployment.app_folder import app_folder
 from fomoe_flwr.federation.deployment.launch import is_complete, write_run_config
 from fomoe_flwr.federation.deployment.process_family import environment, tool
-from fomoe_flwr.model.source import settle
 from fomoe_flwr.run.checkpoint import stored_rounds
 from fomoe_flwr.run.directory import RunDirectory
 
@@ -152,7 +151,7 @@ def supervise(
         if before and not settings.resume:
             # All other settings are stored with the run.
             words = [f"resume={quoted(str(run.path))}"]
-            settings = load_settings(words, settle)
+            settings = load_settings(words)
         try:
             if run_once(link, settings, words, say):
                 return True

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe_flwr.model.experts.dispatch import Dispatch
-from fomoe_flwr.model.experts.form import Form, partial_gate, resident_of_row, rows_of
+from fomoe_flwr.model.experts.form import Form, rows_of
 
 
 def autograd_experts(
@@ -24,14 +24,10 @@ def autograd_experts(
     x_ND = x_TD.index_select(0, dispatch.token_N)
     inner_NF = F.grouped_mm(x_ND, form.up(up), offs=dispatch.ends_R)
     if up_bias_RF is not None:
-        inner_NF = inner_NF + rows_of(up_bias_RF, resident_of_row(dispatch))
-    act_NF = _silu(form)(inner_NF) if form.activate is None else form.activate(inner_NF)
+        inner_NF = inner_NF + rows_of(up_bias_RF, dispatch.resident_of_row)
+    act_NF = form.function(inner_NF)
     y_ND = F.grouped_mm(act_NF, form.down(down), offs=dispatch.ends_R)
     if down_bias_RD is not None:
-        y_ND = y_ND + rows_of(down_bias_RD, resident_of_row(dispatch))
-    y_ND = y_ND * weight_TK.reshape(-1).index_select(0, dispatch.order_N)[:, None]
+        y_ND = y_ND + rows_of(down_bias_RD, dispatch.resident_of_row)
+    y_ND = y_ND * dispatch.to_rows(weight_TK)[:, None]
     return torch.zeros_like(x_TD).index_add(0, dispatch.token_N, y_ND.to(x_TD.dtype))
-
-
-def _silu(form: Form):  # type: ignore[no-untyped-def]
-    return partial_gate(F.silu) if form.has_gate else F.silu

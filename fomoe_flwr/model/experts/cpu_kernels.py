@@ -40,7 +40,7 @@ def activate_backward(
 
     back_NF is W2^T times the gradient of the token's sum, without the gate weight.
     """
-    weight_N = weight_TK.reshape(-1).index_select(0, dispatch.order_N).to(inner_NF.dtype)
+    weight_N = dispatch.to_rows(weight_TK).to(inner_NF.dtype)
     grad_NF, act_NF = torch.empty_like(inner_NF), torch.empty_like(back_NF)
     weight_grad_N = torch.empty_like(weight_N)
     for back, inner, weight, grad, act, weight_grad in _blocks(
@@ -59,9 +59,7 @@ def activate_backward(
             gate_grad, up_grad = grad.chunk(2, -1)
             torch.mul(scaled, silu, out=up_grad)
             gate_grad.copy_(torch.ops.aten.silu_backward(scaled.mul_(up), gate))
-    weight_grad_TK = torch.zeros_like(weight_TK)
-    weight_grad_TK.view(-1)[dispatch.order_N] = weight_grad_N.to(weight_TK.dtype)
-    return grad_NF, act_NF, weight_grad_TK
+    return grad_NF, act_NF, dispatch.to_assignments(weight_grad_N, weight_TK)
 
 
 def combine(y_ND: Tensor, dispatch: Dispatch, weight_TK: Tensor | None) -> Tensor:

@@ -35,6 +35,24 @@ class Dispatch:
         """Rows that belong to a resident, on the device."""
         return self.ends_R[-1:]
 
+    @property
+    def resident_of_row(self) -> Tensor:
+        """Resident of each row; R for a row that belongs to none."""
+        rows = torch.arange(self.num_rows, device=self.ends_R.device, dtype=torch.int32)
+        return torch.searchsorted(self.ends_R, rows, right=True)
+
+    def to_rows(self, value_TK: Tensor) -> Tensor:
+        """Copy each assignment's number to its row: [N]."""
+        return value_TK.reshape(-1).index_select(0, self.order_N)
+
+    def to_assignments(self, value_N: Tensor, like_TK: Tensor) -> Tensor:
+        """Bring each row's number to its assignment: [T, K]; ghosts get 0."""
+        rows = torch.arange(len(value_N), device=value_N.device)
+        value_N = torch.where(rows < self.count_1, value_N, 0)
+        out_TK = torch.zeros_like(like_TK)
+        out_TK.view(-1)[self.order_N] = value_N.to(like_TK.dtype)
+        return out_TK
+
 
 def make_dispatch(
     slot_TK: Tensor, num_residents: int, has_ghosts: bool = True, host_sync: bool = True

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
-
-from fomoe_flwr.model.experts.dispatch import Dispatch
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,14 @@ class Form:
         """Return the form of experts that multiply act(gate) by the rest, or have no gate."""
         if act is F.silu or isinstance(act, nn.SiLU | SiLUActivation):
             return cls(None, has_gate, is_transposed)
-        return cls(partial_gate(act) if has_gate else act, has_gate, is_transposed)
+        return cls(_gated(act) if has_gate else act, has_gate, is_transposed)
+
+    @property
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """A as a function of PyTorch's, SiLU too."""
+        if self.activate is not None:
+            return self.activate
+        return _gated(F.silu) if self.has_gate else F.silu
 
     def up(self, up: Tensor) -> Tensor:
         """View W1 as [R, D, F'], the way a product with rows takes it."""
@@ -46,7 +50,7 @@ class Form:
         return F.grouped_mm(output_NF.t(), input_ND, offs=ends_R)
 
 
-def partial_gate(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _gated(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return a(W1 x) = act(g) * u."""
 
     def activate(inner_NF: Tensor) -> Tensor:
@@ -54,12 +58,6 @@ def partial_gate(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return act(gate_NF) * up_NF
 
     return activate
-
-
-def resident_of_row(dispatch: Dispatch) -> Tensor:
-    """Return the resident of each row, [N]; R for a row that belongs to none."""
-    rows = torch.arange(dispatch.num_rows, device=dispatch.ends_R.device, dtype=torch.int32)
-    return torch.searchsorted(dispatch.ends_R, rows, right=True)
 
 
 def rows_of(bias_RF: Tensor, resident_N: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fomoe_flwr.model.experts import any_activation, cpu_kernels
 from fomoe_flwr.model.experts.dispatch import Dispatch
-from fomoe_flwr.model.experts.form import Form, resident_of_row, rows_of, sum_rows
+from fomoe_flwr.model.experts.form import Form, rows_of, sum_rows
 
 try:
     from fomoe_flwr.model.experts import triton_kernels
@@ -54,7 +54,7 @@ class _FusedExperts(torch.autograd.Function):
     ) -> Tensor:
         kernels, ends = _kernels(x_TD), dispatch.ends_R
         has_bias = up_bias_RF is not None or down_bias_RD is not None
-        resident_N = resident_of_row(dispatch) if has_bias else dispatch.ends_R
+        resident_N = dispatch.resident_of_row if has_bias else dispatch.ends_R
         x_ND = kernels.gather(x_TD, dispatch)
         inner_NF = F.grouped_mm(x_ND, form.up(up), offs=ends)
         del x_ND
@@ -92,8 +92,8 @@ class _FusedExperts(torch.autograd.Function):
         del back_NF
         if down_bias_RD is not None:
             product_N = (grad_ND * rows_of(down_bias_RD, resident_N)).sum(-1)
-            weight_grad_TK += any_activation.scatter(product_N, weight_TK, dispatch)
-            weight_N = weight_TK.reshape(-1).index_select(0, dispatch.order_N).to(grad_ND.dtype)
+            weight_grad_TK += dispatch.to_assignments(product_N, weight_TK)
+            weight_N = dispatch.to_rows(weight_TK).to(grad_ND.dtype)
             down_bias_grad = sum_rows(grad_ND * weight_N[:, None], ends)
         down_grad = form.gradient(act_NF, grad_ND, ends)
         del act_NF, grad_ND
