@@ -22,6 +22,7 @@ from measurement import parser_of, save
 from safetensors.torch import save_file
 
 from fomoe_flwr.config import ModelSettings, load_settings
+from fomoe_flwr.data.source import prepare_tokenizer
 from fomoe_flwr.files import save_json
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.pretrained import read_pretrained
@@ -110,9 +111,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="olmoe-6b9")
     options = parser.parse_args()
-    model = load_settings([SHAPES[options.shape]]).model
+    settings = load_settings([SHAPES[options.shape]])
+    model = settings.model
     if not (options.folder / "config.json").is_file():
         make(model, options.folder)
+        prepare_tokenizer(settings).save_pretrained(options.folder)
     found = environment() | {"shape": options.shape} | measure(model, options.folder)
     print(json.dumps(found, indent=1))
     save(options.json, found)

@@ -61,6 +61,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"data.tokenizer={str(path)!r} cannot be loaded ({first_line(error)}); set it to a "
             "tokenizer.json or a folder that holds one, or leave it empty to train one"
         ) from None
+    if len(tokenizer.get_vocab()) < len(tokenizer.all_special_ids) + 2:
+        # transformers makes an empty one up for some families when the folder holds a config alone.
+        raise DataError(
+            f"data.tokenizer={str(path)!r} holds no tokenizer; set data.tokenizer to a folder with a "
+            "tokenizer.json"
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(
             f"data.tokenizer={str(path)!r} is a slow tokenizer ({type(tokenizer).__name__}); "

@@ -105,6 +105,13 @@ def test_missing_tokenizer_is_refused(tmp_path: Path) -> None:
             load_tokenizer(path)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "dbrx"])
+def test_folder_with_a_config_alone_holds_no_tokenizer(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(DataError, match="holds no tokenizer; set data.tokenizer"):
+        load_tokenizer(tmp_path)
+
+
 def test_slow_tokenizer_is_refused(tmp_path: Path) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)
     with pytest.raises(DataError, match="slow"):
