@@ -1,6 +1,7 @@
 """Train a model that no process holds: OLMoE-1B-7B's shape, four workers, on one 80 GB GPU.
 
     python benchmarks/large_model.py --folder FOLDER --json benchmarks/results/large-model.json
+    python benchmarks/large_model.py --folder FOLDER model.pretrained=CHECKPOINT
     python benchmarks/large_model.py --shape tiny --folder FOLDER      # on a CPU, to try it
 
 1. A run of full replicas must be refused before it starts.
@@ -195,7 +196,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further settings, such as outer=nesterov")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    words = [*SHAPES[options.shape], *COMMON, *options.overrides]
+    words = [*SHAPES[options.shape], *COMMON, FILES, *options.overrides]
     figures = costs.summary(load_settings(words))
     print(f"disk: {figures['disk/server_bytes'] / 1e9:.1f} GB for the server's files", flush=True)
     found: dict[str, Any] = {
@@ -203,12 +204,12 @@ def main() -> None:
         "shape": options.shape,
         "overrides": options.overrides,
         "costs": {k: v for k, v in figures.items() if k.startswith(_TOLD)},
-        "full_replica": refused([*words, FILES], folder / "full"),
+        "full_replica": refused(words, folder / "full"),
     }
     print(" ".join(found["full_replica"]["said"]), flush=True)
     in_process.InProcessGrid = WatchedGrid  # type: ignore[misc]
     idle = train([*SHAPES["tiny"], *COMMON, FILES], folder / "idle")
-    found |= train([*words, FILES], folder / "run")
+    found |= train(words, folder / "run")
     found["idle_bytes"] = idle["server_bytes"]
     found["allowed_bytes"] = found["reply_bytes"] + SLACK
     save(options.json, found)
