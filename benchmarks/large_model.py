@@ -193,6 +193,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="olmoe-6b9")
     parser.add_argument("--folder", type=Path, required=True, help="where runs are written")
+    parser.add_argument("--without-replica", action="store_true", help="leave out step 1")
     parser.add_argument("overrides", nargs="*", help="further settings, such as outer=nesterov")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -204,9 +205,10 @@ def main() -> None:
         "shape": options.shape,
         "overrides": options.overrides,
         "costs": {k: v for k, v in figures.items() if k.startswith(_TOLD)},
-        "full_replica": refused(words, folder / "full"),
     }
-    print(" ".join(found["full_replica"]["said"]), flush=True)
+    if not options.without_replica:
+        found["full_replica"] = refused(words, folder / "full")
+        print(" ".join(found["full_replica"]["said"]), flush=True)
     in_process.InProcessGrid = WatchedGrid  # type: ignore[misc]
     idle = train([*SHAPES["tiny"], *COMMON, FILES], folder / "idle")
     found |= train(words, folder / "run")
@@ -226,9 +228,10 @@ def main() -> None:
         ("full replica, state", f"{figures['memory/full_replica_bytes'] / gb:.2f}"),
         ("seconds of a round", ", ".join(f"{s:.1f}" for s in found["round_seconds"])),
         ("export loads as", str(found["export"].get("class", found["export"]))),
-        ("full replicas", f"status {found['full_replica']['status']}"),
-        ("", " ".join(found["full_replica"]["said"])),
     ]
+    if not options.without_replica:
+        rows.append(("full replicas", f"status {found['full_replica']['status']}"))
+        rows.append(("", " ".join(found["full_replica"]["said"])))
     print(markdown(("figure", "GB"), rows))
 
 
