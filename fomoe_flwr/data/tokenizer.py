@@ -64,8 +64,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if len(tokenizer.get_vocab()) < len(tokenizer.all_special_ids) + 2:
         # transformers makes an empty one up for some families when the folder holds a config alone.
         raise DataError(
-            f"data.tokenizer={str(path)!r} holds no tokenizer; set data.tokenizer to a folder with a "
-            "tokenizer.json"
+            f"data.tokenizer={str(path)!r} holds no tokenizer; set data.tokenizer to a "
+            "folder with a tokenizer.json"
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(

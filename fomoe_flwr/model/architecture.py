@@ -112,7 +112,13 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
         value = _entry(config, name)
         if value is not None:
             shape[name] = value
-    shape["num_kv_heads"] = _entry(config, "num_kv_heads") or shape.get("num_heads", 1)
+    heads = shape.get("num_heads", 1)
+    shape["num_kv_heads"] = kv_heads = _entry(config, "num_kv_heads") or heads
+    if heads % kv_heads:
+        entry = ENTRIES_OF["num_kv_heads"][0]
+        raise SettingsError(
+            f"model.num_kv_heads={kv_heads} ({entry}) must divide model.num_heads={heads}: set both"
+        )
     shape["head_size"] = _entry(config, "head_size") or 0
     architecture = {
         "config": entries_of(config),

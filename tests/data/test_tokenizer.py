@@ -108,7 +108,7 @@ def test_missing_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "dbrx"])
 def test_folder_with_a_config_alone_holds_no_tokenizer(tmp_path: Path, family: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    with pytest.raises(DataError, match="holds no tokenizer; set data.tokenizer"):
+    with pytest.raises(DataError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
 
 

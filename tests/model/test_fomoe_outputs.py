@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +95,31 @@ def test_a_pipeline_continues_a_text() -> None:
     pipeline = TextGenerationPipeline(model=model_of(), tokenizer=tokenizer)
     said = pipeline("some text", max_new_tokens=4, do_sample=False)
     assert said[0]["generated_text"].startswith("some text")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": "all-linear"},
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ],
+    ids=["attention", "experts"],
+)
+def test_adapters_are_trained_and_merged(targets: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    model = model_of()
+    before = model(input_ids=IDS).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **targets))
+    torch.testing.assert_close(adapted(input_ids=IDS).logits, before)
+    optimizer = torch.optim.SGD(adapted.parameters(), 1.0)
+    losses = []
+    for _ in range(3):
+        loss = adapted(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    after = adapted.eval()(input_ids=IDS).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=IDS).logits, after, rtol=1e-4, atol=1e-4)

@@ -64,6 +64,7 @@ def test_a_family_takes_the_fields_that_are_given() -> None:
         "top_k=2",
         "vocab_size=512",
         "num_heads=4",
+        "num_kv_heads=2",
     )
     model = load(
         "model.config=glm4_moe",
@@ -149,3 +150,8 @@ def test_another_config_than_the_run_began_with_is_refused(tmp_path: Path) -> No
     folder_of("deepseek_v3", tmp_path, routed_scaling_factor=3.0)
     with pytest.raises(SettingsError, match=r"has another config\.json"):
         check_pretrained(folder, model)
+
+
+def test_heads_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"num_kv_heads=8 .* must divide model.num_heads=4"):
+        load("model.config=gpt_oss", "model.num_heads=4")

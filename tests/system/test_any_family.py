@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from registry import families, tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fomoe_flwr.cli.main import main
 from fomoe_flwr.data.tokenizer import train_tokenizer
@@ -42,7 +42,9 @@ def test_a_round_that_changes_nothing_exports_the_checkpoints_logits(
     stock = class_of(config)._from_config(config).eval()
     stock.save_pretrained(folder, max_shard_size="200KB")
     text = small_text.read_text(encoding="utf-8") if small_text.is_file() else "some text"
-    train_tokenizer([text], config.vocab_size).save_pretrained(folder)
+    tokenizer = train_tokenizer([text], config.vocab_size)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(folder)
     words = [
         *("run", "preset=tiny", "engine=in_process", f"model.pretrained={folder}", "rounds=1"),
         *("layout.num_workers=2", "layout.overlap=1", "local.steps=1", "local.lr=1e-30"),
@@ -55,6 +57,8 @@ def test_a_round_that_changes_nothing_exports_the_checkpoints_logits(
     exported = AutoModelForCausalLM.from_pretrained(run.export, dtype=torch.float32).eval()
     with torch.no_grad():
         want, got = (m(input_ids=ids, use_cache=False).logits for m in (stock, exported))
+    chat = AutoTokenizer.from_pretrained(run.export).chat_template
+    assert chat == tokenizer.chat_template
     scale = float(want.abs().max())
     torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=1e-4)
 
