@@ -40,20 +40,41 @@ def prepare_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     Raises DataError when it has more tokens than `model.vocab_size`.
     """
     data, vocab_size = settings.data, settings.model.vocab_size
-    given = _given_tokenizer(settings)
-    tokenizer = load_tokenizer(given) if given else _trained_tokenizer(data, vocab_size)
+    key, given = _given_tokenizer(settings)
+    tokenizer = load_tokenizer(given, key) if given else _trained_tokenizer(data, vocab_size)
+    folder = settings.model.pretrained or settings.model.upcycle
     if len(tokenizer) > vocab_size:
         raise DataError(
-            f"data.tokenizer={given or 'trained'} has {len(tokenizer)} tokens, "
-            f"model.vocab_size={vocab_size} is too small: raise it to {len(tokenizer)} or more"
+            f"the tokenizer of {key}={given or '(trained)'} has {len(tokenizer)} tokens, "
+            f"model.vocab_size={vocab_size} is too small: "
+            + ("set data.tokenizer to this model's" if folder else f"set {len(tokenizer)} or more")
+        )
+    if given != folder and folder and _has_other_words(folder, tokenizer):
+        raise DataError(
+            f"data.tokenizer={given} has other tokens than the tokenizer of {folder}, whose "
+            "embeddings the model begins with: leave data.tokenizer empty"
         )
     if tokenizer.eos_token_id is None:
-        raise DataError(f"data.tokenizer={given} has no end-of-text token to pack with")
+        raise DataError(f"the tokenizer of {key}={given} has no end-of-text token to pack with")
     return tokenizer
 
 
-def _given_tokenizer(settings: Settings) -> str:
-    return settings.data.tokenizer or settings.model.pretrained or settings.model.upcycle
+def _given_tokenizer(settings: Settings) -> tuple[str, str]:
+    """Return where the tokenizer lies, after the name of the setting that says so."""
+    named = {
+        "data.tokenizer": settings.data.tokenizer,
+        "model.pretrained": settings.model.pretrained,
+        "model.upcycle": settings.model.upcycle,
+    }
+    return next(((key, given) for key, given in named.items() if given), ("data.tokenizer", ""))
+
+
+def _has_other_words(folder: str, tokenizer: PreTrainedTokenizerFast) -> bool:
+    try:
+        own = load_tokenizer(folder)
+    except DataError:  # It has none: the given one is the model's.
+        return False
+    return own.get_vocab() != tokenizer.get_vocab()
 
 
 def evaluation_blocks(
@@ -74,7 +95,7 @@ def check_data(settings: Settings) -> None:
     byte, so text with fewer bytes than a batch has tokens is refused here already.
     """
     data, local = settings.data, settings.local
-    if _given_tokenizer(settings):
+    if _given_tokenizer(settings)[1]:
         prepare_tokenizer(settings)
     if data.dataset:
         open_stream(data, 0, settings.layout.num_workers)

@@ -47,8 +47,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return _wrap(tokenizer, {"eos_token": END_OF_TEXT, "pad_token": PADDING})
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """Load a Hugging Face tokenizer folder or a single tokenizer.json, never from the hub."""
+def load_tokenizer(path: str | Path, key: str = "data.tokenizer") -> PreTrainedTokenizerFast:
+    """Load a Hugging Face tokenizer folder or a single tokenizer.json, never from the hub.
+
+    Raises DataError, which names the setting `key`.
+    """
     path = Path(path).expanduser()
     try:
         if path.is_file():
@@ -58,18 +61,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # tokenizers raises no narrower class for a bad file
         raise DataError(
-            f"data.tokenizer={str(path)!r} cannot be loaded ({first_line(error)}); set it to a "
-            "tokenizer.json or a folder that holds one, or leave it empty to train one"
+            f"{key}={str(path)!r} has no tokenizer that can be loaded ({first_line(error)}); set "
+            "data.tokenizer to a tokenizer.json or a folder that holds one, or leave it empty"
         ) from None
     if len(tokenizer.get_vocab()) < len(tokenizer.all_special_ids) + 2:
         # transformers makes an empty one up for some families when the folder holds a config alone.
         raise DataError(
-            f"data.tokenizer={str(path)!r} holds no tokenizer; set data.tokenizer to a "
+            f"{key}={str(path)!r} holds no tokenizer; set data.tokenizer to a "
             "folder with a tokenizer.json"
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(
-            f"data.tokenizer={str(path)!r} is a slow tokenizer ({type(tokenizer).__name__}); "
+            f"{key}={str(path)!r} is a slow tokenizer ({type(tokenizer).__name__}); "
             "set data.tokenizer to a folder with a tokenizer.json"
         )
     if tokenizer.eos_token is None:

@@ -47,6 +47,7 @@ from fomoe_flwr.run.checkpoint import (
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.evaluation import EvalReport, unigram_entropy
 from fomoe_flwr.run.export import assemble, export_model
+from fomoe_flwr.run.generation import first_generation, kept_generation
 from fomoe_flwr.run.heartbeat import Heartbeat
 from fomoe_flwr.run.memory import AnonymousPeak
 from fomoe_flwr.run.model_card import model_card
@@ -162,6 +163,7 @@ class Server:
 
     def _write_tokenizer(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
+        first_generation(self.settings, self.tokenizer).save_pretrained(folder)
 
     def _save_config(self) -> None:
         """Write down the settings; a resume may have given the run more rounds."""
@@ -287,7 +289,8 @@ class Server:
     def _finish(self) -> None:
         try:
             check_folder(self.run.export, "the run's")
-            exported = assemble(self.settings, self.state.weights, self.tokenizer)
+            generation = kept_generation(self.run.tokenizer, self.tokenizer)
+            exported = assemble(self.settings, self.state.weights, generation)
             rows, facts = self.run.read_metrics(), report.environment()
             card = model_card(self.settings, self.rounds_done, rows, facts)
             export_model(exported, self.tokenizer, self.run.export, card, self.state.shard)

@@ -20,6 +20,8 @@ from fomoe_flwr.config import ModelSettings, SettingsError
 from fomoe_flwr.model.fomoe import FomoeConfig, FomoeForCausalLM
 from fomoe_flwr.parameters.shapes import head_size, latent_sizes
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def _olmoe(model: ModelSettings) -> dict[str, Any]:
     return {"intermediate_size": model.expert_size, "num_experts": model.num_experts}
@@ -130,20 +132,14 @@ def model_class(family: str) -> type[PreTrainedModel]:
     return class_of(config_class(family)())
 
 
-def transformers_config(
-    model: ModelSettings,
-    sequence_length: int,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-) -> PreTrainedConfig:
+def transformers_config(model: ModelSettings, sequence_length: int) -> PreTrainedConfig:
     """Translate a shape into its family's transformers configuration.
 
-    The balance loss is ours (`model.router_probe`), so the stock one is switched off. Token ids
-    matter to an export only: training has neither padding nor generation.
+    The balance loss is ours (`model.router_probe`), so the stock one is switched off. It has no
+    token ids, which matter to an export only: training has neither padding nor generation.
     """
     if model.architecture:
-        tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-        return _described(model, bos_token_id=None, **tokens)
+        return _described(model)
     common: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -155,9 +151,7 @@ def transformers_config(
         "max_position_embeddings": model.max_positions or max(sequence_length, 2048),
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
-        "eos_token_id": eos_token_id,
-        "bos_token_id": None,
-        "pad_token_id": pad_token_id,
+        **dict.fromkeys(TOKEN_IDS),
         "attention_dropout": 0.0,
         "output_router_logits": False,
     }
@@ -168,7 +162,7 @@ def transformers_config(
     return config_class(model.family)(**(common | FAMILIES[model.family](model)))
 
 
-def _described(model: ModelSettings, **tokens: int | None) -> PreTrainedConfig:
+def _described(model: ModelSettings) -> PreTrainedConfig:
     """Return the configuration that a checkpoint or a family's defaults came with.
 
     Dropout is off: copies of an expert on several workers would differ by chance.
@@ -178,8 +172,8 @@ def _described(model: ModelSettings, **tokens: int | None) -> PreTrainedConfig:
     for name, value in vars(config).items():
         if "dropout" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    for name, token in tokens.items():
-        setattr(config, name, token)
+    for name in TOKEN_IDS:
+        setattr(config, name, None)
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False
     return config

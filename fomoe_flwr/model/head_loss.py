@@ -63,22 +63,32 @@ def logit_multiplier(model: PreTrainedModel) -> float | None:
         nn.init.normal_(small.weight, std=4 * width**-0.5, generator=generator)
     if small.bias is not None:
         nn.init.ones_(small.bias)
-    answer = MoeModelOutputWithPast(last_hidden_state=hidden_BSD)
-    vars(trunk)["forward"] = lambda *_, **__: answer
     model.set_output_embeddings(small)
     try:
         with torch.no_grad():
-            ids = torch.zeros(1, 8, dtype=torch.long)
-            logits = model(input_ids=ids, use_cache=False).logits.float()
+            answer = MoeModelOutputWithPast(last_hidden_state=hidden_BSD)
+            logits = logits_of(model, answer).float()
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
         return None
     finally:
         model.set_output_embeddings(head)
-        del vars(trunk)["forward"]
     plain = hidden_BSD @ small.weight.detach().t()
     multiplier = float((logits * plain).sum() / plain.square().sum())
     is_linear = torch.allclose(logits, multiplier * plain, rtol=1e-3, atol=1e-3 * multiplier)
     return multiplier if is_linear else None
+
+
+def logits_of(model: PreTrainedModel, answer: Any) -> Tensor:
+    """Return the logits [B, S, V] that the model's class makes of its trunk's answer."""
+    trunk: Any = model.base_model
+    hidden_BSD = answer.last_hidden_state
+    ids = torch.zeros(hidden_BSD.shape[:2], dtype=torch.long, device=hidden_BSD.device)
+    vars(trunk)["forward"] = lambda *_, **__: answer
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        del vars(trunk)["forward"]
+    return logits
 
 
 class _HeadLoss(torch.autograd.Function):

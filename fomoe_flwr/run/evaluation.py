@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fomoe_flwr.data.tokens import TokenBlocks
+from fomoe_flwr.model.head_loss import logits_of
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,15 @@ def evaluate(
 def _losses(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Tensor:
     """Return the cross entropy of every token of [B, S + 1] windows, [B, S] nats."""
     ids, targets = windows[:, :-1], windows[:, 1:]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    head: Any = model.get_output_embeddings()
-    # The paper's class divides its logits by the width's multiplier.
-    multiplier = getattr(model, "multiplier", 1.0)
+    trunk: Any = model.base_model
+    answer = trunk(input_ids=ids, use_cache=False)
+    hidden = answer.last_hidden_state
     losses = torch.empty(targets.shape, device=windows.device)
     for start in range(0, len(windows), batch_size):
         part = slice(start, start + batch_size)
-        logits = head(hidden[part]).flatten(0, 1).float()
-        if multiplier != 1.0:
-            logits = logits * multiplier
+        # Families scale, shift or cap their logits: the class does it.
+        answer.last_hidden_state = hidden[part]
+        logits = logits_of(model, answer).flatten(0, 1).float()
         found = F.cross_entropy(logits, targets[part].flatten(), reduction="none")
         losses[part] = found.view_as(targets[part])
     return losses

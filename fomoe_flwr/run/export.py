@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from fomoe_flwr.config import Settings
 from fomoe_flwr.files import mark_folder, replace_folder, save_text
-from fomoe_flwr.model.families import transformers_config
+from fomoe_flwr.model.families import TOKEN_IDS, transformers_config
 from fomoe_flwr.model.residency import build_skeleton
 from fomoe_flwr.model.state import hold
 
@@ -23,16 +23,14 @@ SMALL_SHARD = "200MB"
 def assemble(
     settings: Settings,
     weights: Mapping[str, Tensor],
-    tokenizer: PreTrainedTokenizerFast,
+    generation: GenerationConfig,
 ) -> PreTrainedModel:
     """Build the full model on global weights; it holds `weights` themselves, no copies."""
-    config = transformers_config(
-        settings.model,
-        settings.data.sequence_length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = transformers_config(settings.model, settings.data.sequence_length)
+    for name in TOKEN_IDS:
+        setattr(config, name, getattr(generation, name))
     model = build_skeleton(settings.model, config, torch.device("cpu"))
+    vars(model)["generation_config"] = generation
     hold(model, weights)
     return model
 

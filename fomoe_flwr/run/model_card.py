@@ -71,6 +71,7 @@ def _public(settings: Settings) -> dict[str, Any]:
     found = settings.to_dict()
     for key in ("output_dir", "resume", "tracker"):
         found.pop(key, None)
+    found["model"].pop("architecture")  # The config.json beside the card has it.
     for section, key in PATHS:
         found[section][key] = Path(found[section][key]).name
     return found

@@ -18,6 +18,7 @@ from fomoe_flwr.run.checkpoint import Checkpoint, load_latest
 from fomoe_flwr.run.directory import RunDirectory
 from fomoe_flwr.run.evaluation import evaluate, sample_text
 from fomoe_flwr.run.export import SMALL_SHARD, assemble, export_model
+from fomoe_flwr.run.generation import kept_generation
 from fomoe_flwr.run.model_card import model_card
 
 
@@ -41,7 +42,8 @@ class StoredRun:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The assembled global model."""
-        return assemble(self.settings, self.checkpoint.weights, self.tokenizer)
+        generation = kept_generation(self.run.tokenizer, self.tokenizer)
+        return assemble(self.settings, self.checkpoint.weights, generation)
 
     def evaluate(
         self, split: Literal["validation", "test"], max_tokens: int | None

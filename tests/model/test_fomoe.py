@@ -193,7 +193,7 @@ def test_the_auto_classes_know_the_family() -> None:
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
-    config = transformers_config(SHAPE, 8, eos_token_id=1)
+    config = transformers_config(SHAPE, 8)
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, fomoe.FomoeConfig)

@@ -42,13 +42,17 @@ import json, sys
 sys.path[:] = [entry for entry in sys.path if entry not in ("", sys.argv[1])]
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+)
 
 for line in sys.stdin:
     folder, ids_file, logits_file, kind = json.loads(line)
     model, loading = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=kind == "own"
     )
+    for auto in (AutoModel, AutoModelForSequenceClassification) if kind == "own" else ():
+        auto.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=kind == "own")
     ids = torch.from_numpy(np.load(ids_file))
     with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def have_more_words(folder: Path) -> None:
         (lose_a_file, "has no file model-00002-of-"),
         (cut_a_file, "is damaged: model-00002-of-"),
         (lose_a_tensor, "has no tensor model.norm.weight"),
-        (lose_the_tokenizer, "cannot be loaded"),
+        (lose_the_tokenizer, "has no tokenizer that can be loaded"),
         (have_more_words, "tokens, model.vocab_size=300 is too small"),
     ],
 )
@@ -126,3 +127,54 @@ def test_a_folder_that_lacks_something_is_refused_before_anything_is_written(
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1]
     assert not out.exists()
+
+
+def test_a_tokenizer_with_other_words_is_refused(
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tokenizer(["quite another text, with other pairs"], 280).save_pretrained(tmp_path / "own")
+    words = ["preset=tiny", "engine=in_process", f"model.pretrained={released}"]
+    out = tmp_path / "run"
+    given = [f"data.tokenizer={tmp_path / 'own'}", f"output_dir={out}"]
+    assert main(["run", *words, *given]) == 2
+    assert "has other tokens than the tokenizer of" in capsys.readouterr().err
+    assert not out.exists()
+
+
+STOPS = {"bos_token_id": 3, "eos_token_id": [0, 5], "pad_token_id": 4}
+
+
+@pytest.mark.parametrize(
+    ("generation", "kept"),
+    [
+        ({}, {}),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.9},) * 2,
+        ({"temperature": -1.0}, {}),  # refused by transformers, so left out
+    ],
+    ids=["none", "sampled", "broken"],
+)
+def test_an_export_generates_as_the_checkpoint_did(
+    generation: dict[str, Any],
+    kept: dict[str, Any],
+    released: Path,
+    small_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(live, "draw_beside", lambda run: None)
+    for name, entries in (("config.json", STOPS), ("generation_config.json", generation)):
+        path = released / name
+        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(found | entries), "utf-8")
+    if not generation:
+        (released / "generation_config.json").unlink()
+    run = RunDirectory(tmp_path / "run")
+    words = ["preset=tiny", "engine=in_process", f"model.pretrained={released}", "rounds=1"]
+    words += [f"data.path={small_text}", f"output_dir={run.path}", "local.steps=1"]
+    assert main(["run", *words]) == 0
+    assert main(["export", str(run.path), "--to", str(tmp_path / "again")]) == 0
+    for export in (run.export, tmp_path / "again"):
+        config = json.loads((export / "config.json").read_text("utf-8"))
+        assert {name: config[name] for name in STOPS} == STOPS
+        said = json.loads((export / "generation_config.json").read_text("utf-8"))
+        assert {name: said[name] for name in STOPS | kept} == STOPS | kept

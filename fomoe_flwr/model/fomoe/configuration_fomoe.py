@@ -9,6 +9,13 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+_AUTO_MAP = {
+    "AutoConfig": "configuration_fomoe.FomoeConfig",
+    "AutoModel": "modeling_fomoe.FomoeModel",
+    "AutoModelForCausalLM": "modeling_fomoe.FomoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_fomoe.FomoeForSequenceClassification",
+}
+
 
 class FomoeConfig(PreTrainedConfig):
     """Shape of a FoMoE decoder, and the proxy from which CompleteP transfers its settings.
@@ -81,6 +88,8 @@ class FomoeConfig(PreTrainedConfig):
         self.output_router_logits = output_router_logits
         others.pop("num_key_value_heads", None)
         super().__init__(**(others | {"tie_word_embeddings": tie_word_embeddings}))
+        # Saving a model adds its own class alone; the file beside this one has all of them.
+        self.auto_map = dict(_AUTO_MAP)
 
     @property
     def width_multiplier(self) -> float:
