@@ -221,6 +221,16 @@ def _check_outer(settings: Settings) -> None:
             f"outer.fragments={outer.fragments} must be <= model.num_layers="
             f"{settings.model.num_layers}: a fragment is made of whole layers"
         )
+    if outer.delay_steps >= settings.local.steps:
+        raise SettingsError(
+            f"outer.delay_steps={outer.delay_steps} must be < local.steps={settings.local.steps}: "
+            "an answer must be there before the next pseudo-gradient is taken"
+        )
+    if outer.delay_steps and not settings.local.keep_inner_state:
+        raise SettingsError(
+            f"outer.delay_steps={outer.delay_steps} needs local.keep_inner_state=true: the delayed "
+            "steps go on with the optimizer's state"
+        )
     if outer.fragments > settings.rounds:
         raise SettingsError(
             f"outer.fragments={outer.fragments} must be <= rounds={settings.rounds}: otherwise "

@@ -212,6 +212,11 @@ class OuterSettings:
     """The same for the second moment."""
     fragments: int = number(1, at_least=1)
     """Parts of the model, of which each round synchronises one, in turn."""
+    delay_steps: int = number(0, at_least=0)
+    """Steps that a worker takes between the moment whose pseudo-gradient it sends and the moment it
+    merges the answer: the links work meanwhile. Less than `local.steps`."""
+    merge_alpha: float = number(0.0, at_least=0, at_most=1)
+    """Share of its own weights that a worker keeps when it merges the answer; 0 keeps nothing."""
 
 
 @dataclass

@@ -108,13 +108,15 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         moments=vectors,
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
         probe=torch.tensor(header.probe) if header.probe else None,
+        continues=header.continues,
     )
     count = num_node_processes(task)
     if count > 1:
         result = NODE_PROCESSES.run_round(task, data, count)
     else:
         result = run_round(task, partial(CACHE.batches, data))
-    overhead = time.perf_counter() - started - result.report.seconds
+    in_steps = result.report.seconds - result.seconds_before
+    overhead = time.perf_counter() - started - in_steps
     return _reply(header, task, result, overhead)
 
 

@@ -16,6 +16,7 @@ from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.homes import MEMORY, Home
 from fomoe_flwr.model.state import StateSpec
+from fomoe_flwr.parameters.fragments import snapshot_step
 
 REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction", "grad_norm", "lr")
 """Metrics that a reply must carry. Others are optional, such as `balance_loss`."""
@@ -52,7 +53,9 @@ class ReplyReader:
             if answered.get(key) != value:
                 raise WireError(f"answers {key}={answered.get(key)}, this round is {key}={value}")
         metrics = wire.metrics_in(content, REPORTED)
-        most = self.settings.tokens_per_worker_round
+        steps = snapshot_step(self.settings, server_round)
+        steps -= snapshot_step(self.settings, server_round - 1)
+        most = steps * self.settings.tokens_per_worker_step
         if not 0 < metrics["tokens"] <= most:
             raise WireError(
                 f"metric tokens={metrics['tokens']:g} must be > 0 and <= {most}, "

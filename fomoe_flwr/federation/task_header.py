@@ -36,6 +36,8 @@ class TaskHeader:
     where the balance loss does not need it."""
     probe: Sequence[Sequence[int]]
     """[windows][tokens] ids. The reply says which experts are chosen for them; may be empty."""
+    continues: bool
+    """Whether this worker's reply of the round before counted: it goes on from there."""
 
     def record(self) -> ConfigRecord:
         """Pack into a record."""
@@ -76,6 +78,7 @@ class TaskHeader:
             and len(set(map(len, header.probe))) <= 1,
             "a table of integers >= 0",
         )
+        _expect("continues", isinstance(header.continues, bool), "true or false")
         return cls(**{**fields, "residents": tuple(tuple(layer) for layer in residents)})
 
     def check_ranges(self, settings: Settings) -> None:
@@ -92,6 +95,8 @@ class TaskHeader:
                 f"residents must be {layers} rising lists of expert ids from 0 to "
                 f"{model.num_experts - 1}"
             )
+        if self.continues and self.server_round < 2:
+            raise WireError(f"task of round {self.server_round} continues a round before the first")
         if self.fragment >= settings.outer.fragments:
             raise WireError(
                 f"task carries fragment {self.fragment}, outer.fragments={settings.outer.fragments}"

@@ -90,6 +90,7 @@ class TaskWriter:
                 round_state.pooled_share() if self.settings.balance.form == "global" else None
             ),
             probe=[] if self.probe is None else self.probe.tolist(),
+            continues=server_round > 1 and worker in round_state.current,
         )
         content = RecordDict({wire.TASK: header.record()})
         part = self.spec.fragment(fragment, self.settings.outer.fragments)

@@ -36,6 +36,15 @@ class RoutingCounts:
         sums = total(torch.cat(parts)).split([part.numel() for part in parts])
         return RoutingCounts(sums[0].view_as(self.load), sums[1], sums[2], int(sums[3]))
 
+    def plus(self, other: RoutingCounts) -> RoutingCounts:
+        """Return the counts of both."""
+        return RoutingCounts(
+            self.load + other.load,
+            self.ghosts + other.ghosts,
+            self.all_ghost + other.all_ghost,
+            self.tokens + other.tokens,
+        )
+
     @property
     def ghost_fraction(self) -> float:
         """Share of assignments that went to a ghost, over all layers."""

@@ -227,12 +227,6 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
     return state | {name: b for name, b in model.named_buffers() if name in persistent}
 
 
-def overlay(state: State, spec: StateSpec, pieces: State) -> None:
-    """Copy a fragment's pieces over a worker's or the server's whole state."""
-    for entry in (*spec.shared, *spec.expert):
-        entry.of(state).copy_(pieces[entry.key])
-
-
 def cast_parameters(model: nn.Module, precision: str) -> None:
     """Hold parameters in bfloat16 if `local.precision` says so; buffers stay as they are."""
     if precision == "bfloat16_parameters":

@@ -8,7 +8,7 @@ every `first_moment_every` and `second_moment_every` synchronisations of their f
 
 from __future__ import annotations
 
-from fomoe_flwr.config import OuterSettings
+from fomoe_flwr.config import OuterSettings, Settings
 from fomoe_flwr.parameters.keys import has_layer, layer_of
 
 PSEUDO_GRADIENT = "pseudo_gradient"
@@ -16,6 +16,20 @@ PSEUDO_GRADIENT = "pseudo_gradient"
 FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 """Names of Adam's moments, torch's own."""
+
+
+def sync_step(settings: Settings, server_round: int) -> int:
+    """Return how many steps of the run lie before the synchronisation point of a round."""
+    return server_round * settings.local.steps
+
+
+def snapshot_step(settings: Settings, server_round: int) -> int:
+    """Return how many steps lie before what a worker sends for a round is taken.
+
+    The last round of a run has no delay, so that no step is thrown away.
+    """
+    delay = settings.outer.delay_steps if 0 < server_round < settings.rounds else 0
+    return sync_step(settings, server_round) - delay
 
 
 def fragment_of_round(outer: OuterSettings, server_round: int) -> int:

@@ -18,6 +18,7 @@ from fomoe_flwr.codecs.vectors import rounding_error
 from fomoe_flwr.config import WireSettings
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.state import Entry, StateSpec
+from fomoe_flwr.worker.state_files import resident_name, residents_in
 from fomoe_flwr.worker.state_store import STATES, UNREADABLE, Stored, tell_lost
 
 Vectors = tuple[Tensor, Tensor]
@@ -72,7 +73,7 @@ class ErrorFeedback:
             return
         tensors = {f"left/{key}": value for key, value in self.left.items()}
         for layer, residents in enumerate(self.residents):
-            tensors[f"resident/{layer}"] = torch.tensor(residents, dtype=torch.long)
+            tensors[resident_name(layer)] = torch.tensor(residents, dtype=torch.long)
         STATES.save(path, tensors, {}, on_disk)
 
     def restore(self, path: Path) -> None:
@@ -88,7 +89,7 @@ class ErrorFeedback:
                 value.zero_()
 
     def _adopt(self, stored: Stored) -> None:
-        names = set(stored.keys())
+        names, residents = set(stored.keys()), residents_in(stored)
         for key, value in self.left.items():
             if f"left/{key}" not in names:
                 continue
@@ -97,7 +98,7 @@ class ErrorFeedback:
             if layer is None:
                 value.copy_(found)
                 continue
-            before = {int(e): i for i, e in enumerate(stored.get_tensor(f"resident/{layer}"))}
+            before = {expert: i for i, expert in enumerate(residents[layer])}
             for place, expert in enumerate(self.residents[layer]):
                 if expert in before:
                     value[place] = found[before[expert]]

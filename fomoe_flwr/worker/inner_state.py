@@ -25,7 +25,7 @@ from fomoe_flwr.model.shards import FullTensors, local, parted_like, rows_here, 
 from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.parameters.fragments import MOMENTS as _MOMENTS
 from fomoe_flwr.parameters.keys import is_expert_key, layer_of, sparse_layers
-from fomoe_flwr.worker.state_files import WEIGHTS
+from fomoe_flwr.worker.state_files import PLACE, WEIGHTS, resident_name, residents_in
 from fomoe_flwr.worker.state_store import STATES, UNREADABLE, Stored, tell_lost
 
 _NEGLIGIBLE = 1e-6
@@ -46,6 +46,8 @@ class InnerState:
     """(layer, expert) pairs that are new here since the stored state."""
     cursor: dict[str, object] = field(default_factory=dict)
     """Where the worker's data stream stands."""
+    place: dict[str, object] = field(default_factory=dict)
+    """At which step of the run the worker is, and with whose shares it balances."""
     _steps: int = 0
     _ages: list[Tensor] = field(default_factory=list)
 
@@ -181,10 +183,11 @@ class InnerState:
             return
         for layer, ages in enumerate(self._ages):
             tensors[f"age/{layer}"] = ages
-            tensors[f"resident/{layer}"] = torch.tensor(self.residents[layer], dtype=torch.long)
+            tensors[resident_name(layer)] = torch.tensor(self.residents[layer], dtype=torch.long)
         for name, value in (weights or {}).items():
             tensors[f"{WEIGHTS}{name}"] = value.detach()
         meta = {"steps": str(self._steps), "cursor": json.dumps(self.cursor)}
+        meta[PLACE] = json.dumps(self.place)
         STATES.save(path, tensors, meta, on_disk)
 
     def restore(self, path: Path) -> None:
@@ -210,8 +213,10 @@ class InnerState:
             return
         self._steps = int(meta["steps"])
         origin = []
-        for layer, residents in enumerate(self.residents):
-            place = {int(e): i for i, e in enumerate(stored.get_tensor(f"resident/{layer}"))}
+        for layer, (residents, held) in enumerate(
+            zip(self.residents, residents_in(stored), strict=True)
+        ):
+            place = {expert: i for i, expert in enumerate(held)}
             source = torch.tensor([place.get(expert, -1) for expert in residents], dtype=torch.long)
             known = source >= 0
             ages = torch.zeros(len(residents), dtype=torch.long)

@@ -5,8 +5,8 @@ No Flower here: the client unpacks a message into a `RoundTask` and packs the `R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,28 +16,34 @@ from torch import Tensor
 
 from fomoe_flwr.codecs.vectors import seed_of
 from fomoe_flwr.config import Settings
-from fomoe_flwr.config.execution import is_heap_held
 from fomoe_flwr.data.batches import Batches
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.model.device_copy import copy, has_room, pin_host_memory
 from fomoe_flwr.model.residency import Residents
-from fomoe_flwr.model.state import State, StateSpec, overlay
+from fomoe_flwr.model.state import State, StateSpec
 from fomoe_flwr.parallel.team import ALONE, Team
-from fomoe_flwr.parameters.fragments import fragment_of_round, moments_of_round
-from fomoe_flwr.worker.cache import CACHE
+from fomoe_flwr.parameters.fragments import (
+    fragment_of_round,
+    moments_of_round,
+    snapshot_step,
+    sync_step,
+)
+from fomoe_flwr.worker.delay import has_taken, take_delayed_steps
 from fomoe_flwr.worker.device import pick_device
 from fomoe_flwr.worker.error_feedback import ErrorFeedback, Vectors
-from fomoe_flwr.worker.heap import held_heap
+from fomoe_flwr.worker.merging import merge, merged
 from fomoe_flwr.worker.pseudo_gradient import difference, gather, pack
 from fomoe_flwr.worker.state_files import (
+    AHEAD,
     FEEDBACK,
-    WEIGHTS,
+    kept_weights,
     named_weights,
-    received_and_trained,
+    residents_in,
     state_file,
 )
 from fomoe_flwr.worker.state_store import STATES
 from fomoe_flwr.worker.trainer import LocalReport, LocalTrainer
+from fomoe_flwr.worker.workplace import lent_trainer
 
 
 class LostStateError(RunError):
@@ -67,6 +73,8 @@ class RoundTask:
     """[num_layers, num_experts] shares of assignments of all workers in the round before."""
     probe: Tensor | None = None
     """[windows, tokens] ids for which the trained model's choices are wanted."""
+    continues: bool = False
+    """Whether this worker's reply of the round before counted."""
 
     @property
     def carried(self) -> StateSpec:
@@ -81,8 +89,20 @@ class RoundTask:
 
     @property
     def first_step(self) -> int:
-        """Steps of the run that lie behind."""
-        return (self.server_round - 1) * self.settings.local.steps
+        """Steps of the run that lie before the synchronisation point that the task comes from."""
+        return sync_step(self.settings, self.server_round - 1)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps from there to what the worker returns."""
+        return snapshot_step(self.settings, self.server_round) - self.first_step
+
+    @property
+    def merges(self) -> bool:
+        """Whether the worker keeps something of its own weights of the round before."""
+        outer = self.settings.outer
+        is_one = self.continues and outer.fragments == 1 and outer.merge_alpha > 0
+        return self.fragment >= 0 or is_one
 
     def seed(self, vector: str) -> int:
         """Return the seed of what is rounded by chance in a vector that this worker sends."""
@@ -109,6 +129,8 @@ class RoundResult:
     num_fresh_experts: int
     choices: Tensor | None = None
     """[num_layers, tokens, top_k] experts that the probe's tokens chose before averaging."""
+    seconds_before: float = 0.0
+    """Of the report's seconds, those that had passed before the task came."""
 
 
 def run_round(
@@ -121,28 +143,24 @@ def run_round(
     team call this with the same task. The result of the first one counts; those of the others have
     no vectors.
     """
-    settings, local = task.settings, task.settings.local
-    device = pick_device(local.device)
+    device = pick_device(task.settings.local.device)
     if device.type == "cuda" and STATES.is_in_memory:
         pin_host_memory()
+    was_ahead = has_taken(_ahead(task))
+    before = None
+    if task.continues:
+        folder, last = task.state_dir, task.server_round - 1
+        before = take_delayed_steps(task.settings, folder, last, open_batches, team)
     received, current = starting_weights(task)
-    heap = held_heap(is_heap_held(settings.execution, device.type))
-    lent = CACHE.model(settings, task.residents, device, team)
-    with heap, _threads(local.threads // team.size), lent as training:
-        trainer = LocalTrainer(
-            training,
-            settings,
-            task.residents,
-            open_batches,
-            first_step=task.first_step,
-            pooled_share=task.pooled_share,
-        )
+    with lent_trainer(
+        task.settings, task.residents, open_batches, team, task.first_step, task.pooled_share
+    ) as trainer:
         received, current = _travelled(received, current, device)
         with closing(trainer):
             trainer.adopt(current)
             del current
             _resume(task, trainer)
-            report = trainer.train(local.steps)
+            report = trainer.train(task.num_steps).after(before)
             choices = None if task.probe is None else trainer.choices(task.probe)
             _save(task, trainer, received)
             moments = _moments(task, trainer)
@@ -155,31 +173,50 @@ def run_round(
             inner_state_fresh=trainer.inner.is_fresh,
             num_fresh_experts=trainer.inner.num_fresh_experts,
             choices=choices,
+            seconds_before=before.seconds if before and was_ahead else 0.0,
         )
 
 
 def starting_weights(task: RoundTask) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the global weights as last received, and the weights to start from.
 
-    They differ where a fragment was not synchronised: there the worker goes on from its own.
-    Raises LostStateError if those are not on the disk.
+    They differ where a fragment was not synchronised, and there the worker goes on from its own,
+    and where it keeps a share of its own (`outer.merge_alpha`). Raises LostStateError if its own
+    are not on the disk and the task cannot do without.
     """
     pieces = task.split(task.carried, (task.shared, task.experts))
-    if task.fragment < 0:
+    if not task.merges:
         return pieces, pieces
+    own_share = task.settings.outer.merge_alpha
     try:
-        with STATES.open(state_file(task.state_dir, task.server_round - 1)) as stored:
-            names = [name for name in stored.keys() if name.startswith(WEIGHTS)]  # noqa: SIM118
+        with STATES.open(_newest(task)) as stored:
+            held, (received, current) = residents_in(stored), kept_weights(stored)
+            if task.fragment < 0:
+                mixed = merged(current, held, task.spec, pieces, task.residents, own_share)
+                return pieces, mixed
             # Copies, since the server's pieces are laid over them.
-            kept = {n.removeprefix(WEIGHTS): stored.get_tensor(n).clone() for n in names}
-    except (OSError, SafetensorError) as error:
+            received = {key: value.clone() for key, value in received.items()}
+            current = {key: value.clone() for key, value in current.items()}
+    except (OSError, SafetensorError, KeyError) as error:
+        if task.fragment < 0:  # All that it needs has come.
+            return pieces, pieces
         raise LostStateError(
             f"worker {task.worker} has no weights of round {task.server_round - 1}"
         ) from error
-    received, current = received_and_trained(kept)
-    overlay(received, task.carried, pieces)
-    overlay(current, task.carried, pieces)
+    merge(received, task.carried, pieces, 0.0)
+    merge(current, task.carried, pieces, own_share)
     return received, current
+
+
+def _newest(task: RoundTask) -> Path:
+    """Return where the state is that the worker has reached since its reply of the round before."""
+    if task.continues and has_taken(_ahead(task)):
+        return _ahead(task)
+    return state_file(task.state_dir, task.server_round - 1)
+
+
+def _ahead(task: RoundTask) -> Path:
+    return state_file(task.state_dir, task.server_round - 1, AHEAD)
 
 
 def _travelled(
@@ -197,8 +234,10 @@ def _travelled(
 
 def _resume(task: RoundTask, trainer: LocalTrainer) -> None:
     """Take up optimizer and text where the worker's last round left them."""
-    if stored := STATES.newest_before(task.state_dir, task.server_round):
-        trainer.restore(stored)
+    stored = STATES.newest_before(task.state_dir, task.server_round)
+    if stored:
+        # What a delay led to is newer than any state of a round.
+        trainer.restore(_newest(task) if has_taken(_ahead(task)) else stored)
     if task.moments:
         part = task.carried.parameters()
         moments = {name: task.split(part, vectors) for name, vectors in task.moments.items()}
@@ -207,13 +246,11 @@ def _resume(task: RoundTask, trainer: LocalTrainer) -> None:
 
 def _save(task: RoundTask, trainer: LocalTrainer, received: State) -> None:
     """Write down what the worker's next round starts from; forget what none will ask for."""
-    keep: dict[str, Tensor] = {}
-    if task.settings.outer.fragments > 1:
-        trained: dict[str, Tensor] = {}
-        for key, value in trainer.weights.items():  # all processes take part in gathering
-            if trainer.team.is_first:
-                trained[key] = value.to("cpu", copy=True)
-        keep = named_weights(received, trained)
+    outer, keep = task.settings.outer, dict[str, Tensor]()
+    if outer.fragments > 1 or outer.delay_steps or outer.merge_alpha:
+        # All that one fragment alone needs of the global weights comes with the next task.
+        known = received if outer.fragments > 1 else {}
+        keep = named_weights(known, trainer.copied_weights())
     on_disk = task.settings.has_checkpoint(task.server_round)
     trainer.save(state_file(task.state_dir, task.server_round), keep, on_disk)
     if trainer.team.is_first:
@@ -239,14 +276,3 @@ def _pseudo_gradient(task: RoundTask, trainer: LocalTrainer, received: State) ->
     on_disk = task.settings.has_checkpoint(task.server_round)
     feedback.save(state_file(task.state_dir, task.server_round, FEEDBACK), on_disk)
     return vectors
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -23,20 +23,14 @@ from fomoe_flwr.events import warn
 from fomoe_flwr.files import remove_drafts
 from fomoe_flwr.model.device_copy import copy, has_room, host_empty
 from fomoe_flwr.model.tensor_files import save_tensors
-from fomoe_flwr.worker.state_files import FEEDBACK, INNER, state_file
+from fomoe_flwr.worker.state_files import AHEAD, FEEDBACK, INNER, Tensors, state_file
 
 _MOST_OF_FREE = 0.5
 """Share of the free memory that a state may take; steps and replies need the rest."""
 
 
-class Stored(Protocol):
+class Stored(Tensors, Protocol):
     """Tensors by name, which nobody may change, and their metadata."""
-
-    def keys(self) -> Iterable[str]:
-        """List the names."""
-
-    def get_tensor(self, name: str) -> Tensor:
-        """Return one tensor."""
 
     def metadata(self) -> Mapping[str, str] | None:
         """Return the metadata."""
@@ -129,9 +123,9 @@ class StateStore:
         return folder / max(earlier) if earlier else None
 
     def forget_rounds(self, folder: Path, keep: Collection[int]) -> None:
-        """Remove the states of all rounds but these."""
-        for kind in (INNER, FEEDBACK):
-            kept = {state_file(folder, server_round, kind) for server_round in keep}
+        """Remove the states of all rounds but these, and all that delays led to."""
+        for kind in (INNER, FEEDBACK, AHEAD):
+            kept = {state_file(folder, number, kind) for number in keep if kind != AHEAD}
             for path in [each for each in self._kept if _is_of(each, folder, kind)]:
                 if path not in kept:
                     del self._kept[path]
@@ -154,7 +148,8 @@ class StateStore:
         """Write down what is on no disk yet: another process goes on from there."""
         self.settle()
         for path, kept in self._kept.items():
-            if not path.exists():
+            # What a delay led to can be made again.
+            if not (path.exists() or path.name.startswith(f"{AHEAD}-")):
                 _write(path, kept.tensors, kept.meta)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fomoe_flwr.config import Settings
 from fomoe_flwr.errors import RunError
 from fomoe_flwr.model.cuda_graph import GraphedPass
+from fomoe_flwr.model.device_copy import has_room
 from fomoe_flwr.model.residency import Residents
 from fomoe_flwr.model.router_probe import RoutingCounts, chosen_experts
 from fomoe_flwr.model.shards import FullTensors, whole
@@ -46,6 +47,23 @@ class LocalReport:
     tokens: int
     seconds: float
     routing: RoutingCounts
+
+    def after(self, earlier: LocalReport | None) -> LocalReport:
+        """Return the report of some earlier steps and these, as if of one call."""
+        if earlier is None:
+            return self
+        share = earlier.tokens / (earlier.tokens + self.tokens)
+        means = {
+            name: share * getattr(earlier, name) + (1 - share) * getattr(self, name)
+            for name in ("loss", "balance_loss", "grad_norm")
+        }
+        return replace(
+            self,
+            tokens=earlier.tokens + self.tokens,
+            seconds=earlier.seconds + self.seconds,
+            routing=earlier.routing.plus(self.routing),
+            **means,
+        )
 
     @property
     def tokens_per_second(self) -> float:
@@ -86,6 +104,7 @@ class LocalTrainer:
         self.training, self.model, self.team = training, model, training.team
         self.settings, self.residents = settings, residents
         training.begin(residents, pooled_share)
+        self.pooled_share = pooled_share
         self.probe = training.probe
         self.optimizer = make_optimizer(model, local)
         self.inner = InnerState(
@@ -113,12 +132,29 @@ class LocalTrainer:
     def save(self, path: Path, weights: Mapping[str, Tensor], on_disk: bool = True) -> None:
         """Store optimizer, data position and `weights`; see `InnerState.save`."""
         self.inner.cursor = self.batches.state()
+        pooled = None if self.pooled_share is None else self.pooled_share.tolist()
+        self.inner.place = {"step": self.step, "pooled": pooled}
         self.inner.save(path, weights, self.team.is_first, on_disk)
 
     @property
     def weights(self) -> State:
         """The weights of the residents and the shared parameters, by state key."""
         return FullTensors(state_of(self.model))
+
+    def copied_weights(self) -> dict[str, Tensor]:
+        """Copy the weights: where they lie if there is room, else to host memory.
+
+        Only the first process of a team gets them, but all take part.
+        """
+        size = sum(value.nbytes for value in state_of(self.model).values())
+        device = self.training.device
+        if device.type == "cuda" and not has_room(device, 2 * size):
+            device = torch.device("cpu")
+        copied: dict[str, Tensor] = {}
+        for key, value in self.weights.items():
+            if self.team.is_first:
+                copied[key] = value.detach().to(device, copy=True)
+        return copied
 
     def moments(self, name: str) -> State:
         """Return one of Adam's moments by state key."""

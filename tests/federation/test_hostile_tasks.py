@@ -40,6 +40,7 @@ def task(**changes: Any) -> RecordDict:
         "moments": [],
         "pooled_share": None,
         "probe": [],
+        "continues": False,
     }
     header = TaskHeader(**(fields | changes))
     sizes = (SPEC.shared_size, SPEC.experts_size(HELD))
@@ -56,6 +57,7 @@ def task(**changes: Any) -> RecordDict:
         ({"residents": [[1, 0], *HELD[1:]]}, "residents must be"),
         ({"residents": [[0, 0], *HELD[1:]]}, "residents must be"),
         ({"residents": [[0, EXPERTS], *HELD[1:]]}, "residents must be"),
+        ({"continues": True}, "task of round 1 continues a round before the first"),
         ({"fragment": 1}, "task carries fragment 1, outer.fragments=1"),
         ({"pooled_share": [[0.5] * EXPERTS]}, "pooled_share must be"),
         ({"pooled_share": [[0.5]] * LAYERS}, "pooled_share must be"),

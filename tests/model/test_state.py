@@ -15,8 +15,9 @@ from torch import Tensor
 from fomoe_flwr.config import ModelSettings, RoutingMode
 from fomoe_flwr.model.families import FAMILIES, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
-from fomoe_flwr.model.state import Entry, StateSpec, load_state, overlay, state_of
+from fomoe_flwr.model.state import Entry, StateSpec, load_state, state_of
 from fomoe_flwr.parameters.shapes import buffer_shapes, parameter_shapes
+from fomoe_flwr.worker.merging import merge
 
 SHAPE = micro_model(num_experts=5)  # An odd number: no layout is even.
 MODES = [mode.value for mode in RoutingMode]
@@ -249,7 +250,7 @@ def test_a_fragment_is_packed_split_and_laid_over_a_state_without_a_trace_elsewh
         assert shared.shape == (part.shared_size,)
         assert experts.shape == (part.experts_size(held),)
         pieces = part.split_shared(shared) | part.split_experts(experts, held)
-        overlay(target, part, pieces)
+        merge(target, part, pieces, 0.0)
         carried = {entry.key: entry for entry in (*part.shared, *part.expert)}
         for key, value in target.items():
             expected = before[key]

@@ -49,14 +49,16 @@ def resume(run: RunDirectory, *overrides: str) -> None:
     assert main(["run", f"resume={run.path}", *overrides]) == 0
 
 
+@pytest.mark.parametrize("delay", [0, 1])
 @pytest.mark.parametrize(
     "moment",
     ["in the third evaluation", "after one reply of round three", "between checkpoint and line"],
 )
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
-    start: Start, moment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    start: Start, moment: str, delay: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    whole = start("whole", *RESUMED)
+    words = [*RESUMED, f"outer.delay_steps={delay}", f"outer.merge_alpha={delay / 4}"]
+    whole = start("whole", *words)
     with monkeypatch.context() as patch:
         if moment == "in the third evaluation":
             from fomoe_flwr.federation.server import Server
@@ -69,7 +71,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
         else:
             stop_at(patch, Tracker, "log", lambda row: row["round"] == 3)
         with pytest.raises(StoppedError):
-            start("halved", *RESUMED)
+            start("halved", *words)
     halved = RunDirectory(tmp_path / "halved")
     assert halved.read_summary()["status"] == "failed"
     assert [row["round"] for row in halved.read_metrics()] == [1, 2]
