@@ -49,7 +49,7 @@ def take_delayed_steps(
     is nothing to do: the round has no delay, or the worker has lost its state.
     """
     snapshot, ahead = (state_file(folder, server_round, kind) for kind in (INNER, AHEAD))
-    if ahead in _REPORTS:
+    if has_taken(ahead):
         return _REPORTS[ahead]
     try:
         with STATES.open(snapshot) as stored:
@@ -78,4 +78,4 @@ def take_delayed_steps(
 
 def has_taken(ahead: Path) -> bool:
     """Tell whether this process has a state that some delayed steps led to."""
-    return ahead in _REPORTS
+    return ahead in _REPORTS and STATES.has(ahead)

@@ -102,6 +102,10 @@ class StateStore:
             self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="states")
             self._writes[path] = self._pool.submit(_write, path, placed, meta)
 
+    def has(self, path: Path) -> bool:
+        """Tell whether a state is here."""
+        return path in self._kept or path.exists()
+
     @contextmanager
     def open(self, path: Path) -> Iterator[Stored]:
         """Open a state. Raises OSError or SafetensorError if there is none to read."""
