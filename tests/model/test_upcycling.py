@@ -14,7 +14,7 @@ from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.residency import build_model
 from fomoe_flwr.model.source import settle
 from fomoe_flwr.model.state import StateSpec, state_of
-from fomoe_flwr.model.upcycling import dense_tensors, fill_upcycled
+from fomoe_flwr.model.upcycling import check_dense, fill_upcycled
 
 SIZES = {
     "vocab_size": 300,
@@ -98,7 +98,7 @@ def test_noise_tells_the_copies_apart_and_the_seed_repeats_it(tmp_path: Path) ->
     ("family", "words", "message"),
     [
         ("llama", "model.upcycle_granularity=5", "cannot be cut: model.upcycle_granularity=5"),
-        ("llama", "model.hidden_size=64", "takes its shape with it: leave out model.hidden_size"),
+        ("llama", "model.hidden_size=64", "contradicts model.hidden_size=64 (it has 32): leave"),
         ("llama", "model.config=olmoe", "contradict each other"),
         ("gpt2", "", "has model_type=gpt2, which is not one of llama, mistral, qwen3"),
     ],
@@ -125,4 +125,4 @@ def test_a_damaged_dense_checkpoint_is_named_by_its_own_setting(tmp_path: Path) 
     file = sorted(tmp_path.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(SettingsError, match=rf"model\.upcycle={tmp_path} is damaged"):
-        dense_tensors(settings.model)
+        check_dense(settings.model)
