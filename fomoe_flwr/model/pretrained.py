@@ -98,12 +98,26 @@ def pretrained_settings(model: ModelSettings) -> ModelSettings:
     """
     folder = Path(model.pretrained).expanduser()
     config = _read_config(folder)
+    _check_heads(folder, config)
     if config.model_type in FAMILIES:
         try:
             return ModelSettings(**pretrained_shape(folder), name=config.model_type)
         except SettingsError:
             pass  # The fields do not name all of it; the class does.
     return described_settings(config)
+
+
+def _check_heads(folder: Path, config: Any) -> None:
+    """Refuse heads that the stock class builds and cannot run."""
+    if config.model_type != "olmoe":
+        return
+    head, width = getattr(config, "head_dim", None), config.hidden_size
+    if head not in (None, fitting := width // config.num_attention_heads):
+        raise refusal(
+            folder,
+            f"has head_dim={head}, it must be {fitting}: the olmoe class normalises queries over "
+            f"hidden_size={width}",
+        )
 
 
 def pretrained_shape(folder: str | Path) -> dict[str, Any]:

@@ -30,9 +30,8 @@ _MOE_OF = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
 
 _COPIED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "sliding_window"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters"),
     *("max_position_embeddings", "tie_word_embeddings", "initializer_range", "attention_bias"),
-    *("use_sliding_window", "max_window_layers", "layer_types"),
 )
 
 
@@ -73,13 +72,24 @@ def _described(model: ModelSettings, dense: Any) -> ModelSettings:
     width = dense.intermediate_size // model.upcycle_granularity
     kind = config_class(_MOE_OF[dense.model_type])
     entries = {name: getattr(dense, name) for name in _COPIED if hasattr(dense, name)}
+    entries["sliding_window"] = window = _window(dense)
     sizes = {"num_experts_per_tok": model.top_k, "intermediate_size": width}
     if kind.model_type == "mixtral":
         sizes |= {"num_local_experts": model.num_experts}
     else:
         sizes |= {"num_experts": model.num_experts, "moe_intermediate_size": width}
         entries |= {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1}
+        entries["use_sliding_window"] = window is not None
     return described_settings(kind(**entries, **sizes))
+
+
+def _window(dense: Any) -> int | None:
+    """Return the window of all layers; Llama has none, whatever its `config.json` says."""
+    is_full = dense.model_type == "qwen3" and "sliding_attention" not in dense.layer_types
+    if is_full or dense.model_type == "llama":
+        return None
+    found: int | None = dense.sliding_window
+    return found
 
 
 def fill_upcycled(model: ModelSettings, spec: StateSpec, state: State, seed: int) -> None:
@@ -128,7 +138,7 @@ def _dense_config(folder: Path) -> Any:
     if words.get("mlp_bias") or (words.get("attention_bias") and kind != "qwen3"):
         raise _refusal(folder, "has biases, which the MoE family lacks")
     config: Any = made_config(folder, words, _SETTING)
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+    if kind == "qwen3" and len(set(config.layer_types)) > 1:
         raise _refusal(
             folder,
             f"mixes kinds of attention (layer_types), {_MOE_OF[kind]} has one for all layers",

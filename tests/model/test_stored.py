@@ -150,6 +150,12 @@ def test_a_configuration_that_does_not_fit_is_refused(
     assert message in refusal(lambda: check_weights(load(tmp_path)), tmp_path)
 
 
+def test_heads_that_olmoe_cannot_run_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "olmoe")
+    change_config(tmp_path, head_dim=16)
+    assert "has head_dim=16, it must be 8" in refusal(lambda: load(tmp_path), tmp_path)
+
+
 @pytest.mark.parametrize("text", ["[]", "[1]", "5", "{", "\xff"])
 def test_a_config_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, "latin-1")
