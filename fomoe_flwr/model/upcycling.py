@@ -60,7 +60,7 @@ def _check_cut(folder: Path, model: ModelSettings, width: int) -> None:
     parts = model.upcycle_granularity
     if parts < 1:
         raise SettingsError(f"model.upcycle_granularity={parts} is out of range: it must be >= 1")
-    if width % parts or model.num_experts % parts or model.top_k % parts or not model.num_experts:
+    if width % parts or model.num_experts % parts or model.top_k % parts or model.num_experts < 1:
         raise _refusal(
             folder,
             f"cannot be cut: model.upcycle_granularity={parts} must divide its width {width}, "
