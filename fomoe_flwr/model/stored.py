@@ -123,12 +123,16 @@ class StoredTensors:
         """Refuse scales that are neither one for all nor one for each block."""
         scale = f"{name}{_SCALE}"
         self._check_kind(scale, *_FLOATS, "F8_E8M0")
-        found, blocks = self.shape(scale), self.block or shape[-2:]
-        ends = tuple(-(-size // max(1, b)) for size, b in zip(shape[-2:], blocks, strict=False))
-        if found not in ((), (1,)) and found != (*shape[:-2], *ends):
+        found, last = self.shape(scale), shape[-2:]
+        blocks = self.block or last
+        want = [1]
+        if len(shape) > 1:
+            ends = (-(-n // max(1, b)) for n, b in zip(last, blocks, strict=True))
+            want = [*shape[:-2], *ends]
+        if found not in ((), (1,), tuple(want)):
             raise self.refusal(
-                f"has {scale} of shape {list(found)}, {[*shape[:-2], *ends]} belongs to "
-                f"{list(shape)} with weight_block_size={self.block and list(self.block)}"
+                f"has {scale} of shape {list(found)}, {want} belongs to {list(shape)} with "
+                f"weight_block_size={self.block and list(self.block)}"
             )
 
     def _file(self, name: str) -> Any:

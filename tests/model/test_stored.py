@@ -25,6 +25,7 @@ Change = Callable[[Tensors], Tensors]
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Q = "model.layers.0.self_attn.o_proj.weight"
 UP = "model.layers.1.mlp.experts.3.up_proj.weight"
+NORM = "model.norm.weight"
 SCALE = f"{Q}_scale_inv"
 
 
@@ -106,6 +107,10 @@ UNFIT: dict[str, tuple[Change, str]] = {
         f"has {SCALE} of shape [1, 1], [4, 4] belongs to [32, 32] with weight_block_size=[8, 8]",
     ),
     "too many scales": (fp8(torch.ones(9, 9)), f"has {SCALE} of shape [9, 9], [4, 4] belongs to"),
+    "scales of a vector": (
+        lambda t: t | {NORM: t[NORM].to(torch.float8_e4m3fn), f"{NORM}_scale_inv": torch.ones(4)},
+        f"has {NORM}_scale_inv of shape [4], [1] belongs to [32] with",
+    ),
     "scales of integers": (fp8(torch.ones(4, 4).int()), f"has {SCALE} of I32, it must be of F16"),
     "layers": (
         lambda t: t | {k.replace("s.3.", "s.4."): v for k, v in t.items() if "layers.3." in k},
