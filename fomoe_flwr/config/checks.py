@@ -48,6 +48,7 @@ def check(settings: Settings) -> None:
             if broken:
                 raise SettingsError(f"{key}={value} is out of range: it must be {text}")
     _check_model(settings.model)
+    _check_upcycling(settings.model)
     _check_experiment(settings)
     _check_partitioned(settings)
     _check_outer(settings)
@@ -94,6 +95,15 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     lower = {option.lower(): option for option in options}
     near = difflib.get_close_matches(str(word).lower(), list(lower), n=1)
     return f"; did you mean {lower[near[0]]}?" if near else ""
+
+
+def _check_upcycling(model: ModelSettings) -> None:
+    for name, default in (("upcycle_granularity", 1), ("upcycle_noise", 0)):
+        if (value := getattr(model, name)) != default and not model.upcycle:
+            raise SettingsError(
+                f"model.{name}={value} has no meaning without model.upcycle: leave it out, or name "
+                "a dense checkpoint"
+            )
 
 
 def _check_model(model: ModelSettings) -> None:

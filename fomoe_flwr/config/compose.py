@@ -309,6 +309,9 @@ def _stored(resume: str, overrides: Iterable[Override]) -> Settings:
     for override in overrides:
         key = override.key_or_group
         if not is_resumable(key):
+            before = OmegaConf.select(node, key, throw_on_resolution_failure=False)
+            if before is not None and before == override.value():
+                continue
             raise SettingsError(
                 f"{key} cannot change when a run is resumed; these can: {', '.join(RESUMABLE_KEYS)}"
             )

@@ -18,9 +18,10 @@ from transformers import PreTrainedConfig
 from fomoe_flwr.config import ModelSettings, SettingsError
 from fomoe_flwr.model.architecture import ENTRIES_OF, described_settings, entries_of
 from fomoe_flwr.model.families import FAMILIES, config_class, transformers_config
+from fomoe_flwr.model.recipes import Recipes
 from fomoe_flwr.model.residency import Residents, build_model
-from fomoe_flwr.model.state import Entry, State, StateSpec, state_of
-from fomoe_flwr.model.stored import Recipes, StoredTensors, config_words, made_config, refusal
+from fomoe_flwr.model.state import State, StateSpec
+from fomoe_flwr.model.stored import StoredTensors, config_words, made_config, refusal
 
 _SETTING_OF = {
     entry: name
@@ -58,7 +59,7 @@ def read_pretrained(
     """
     folder = Path(folder).expanduser()
     with _opened(folder, model) as recipes:
-        state = {entry.key: _read_shared(recipes, entry) for entry in spec.shared}
+        state = {e.key: recipes.read(e.key, None, e.shape) for e in spec.shared}
         for entry in spec.expert:
             assert entry.layer is not None
             rows = range(entry.shape[0]) if residents is None else residents[entry.layer]
@@ -76,17 +77,17 @@ def fill_pretrained(
     folder = Path(folder).expanduser()
     with _opened(folder, model) as recipes:
         for entry in spec.shared:
-            state[entry.key].copy_(_read_shared(recipes, entry))
+            state[entry.key].copy_(recipes.read(entry.key, None, entry.shape))
         for entry in spec.expert:
             for row in range(entry.shape[0]):
                 state[entry.key][row].copy_(recipes.read(entry.key, [row], entry.shape)[0])
 
 
 def check_weights(model: ModelSettings) -> None:
-    """Refuse a checkpoint with files missing or damaged, or without a tensor; reads names only."""
+    """Refuse a checkpoint whose files or tensors are not this model's; reads headers only."""
     folder = Path(model.pretrained).expanduser()
-    with _opened(folder, model) as recipes:
-        recipes.check(key for key in state_of(recipes.model))
+    with _opened(folder, model, headers_only=True) as recipes:
+        recipes.check()
 
 
 def pretrained_settings(model: ModelSettings) -> ModelSettings:
@@ -97,12 +98,26 @@ def pretrained_settings(model: ModelSettings) -> ModelSettings:
     """
     folder = Path(model.pretrained).expanduser()
     config = _read_config(folder)
+    _check_heads(folder, config)
     if config.model_type in FAMILIES:
         try:
             return ModelSettings(**pretrained_shape(folder), name=config.model_type)
         except SettingsError:
             pass  # The fields do not name all of it; the class does.
     return described_settings(config)
+
+
+def _check_heads(folder: Path, config: Any) -> None:
+    """Refuse heads that the stock class builds and cannot run."""
+    if config.model_type != "olmoe":
+        return
+    head, width = getattr(config, "head_dim", None), config.hidden_size
+    if head not in (None, fitting := width // config.num_attention_heads):
+        raise refusal(
+            folder,
+            f"has head_dim={head}, it must be {fitting}: the olmoe class normalises queries over "
+            f"hidden_size={width}",
+        )
 
 
 def pretrained_shape(folder: str | Path) -> dict[str, Any]:
@@ -129,24 +144,23 @@ def pretrained_shape(folder: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(folder: Path, model: ModelSettings) -> Iterator[Recipes]:
+def _opened(folder: Path, model: ModelSettings, *, headers_only: bool = False) -> Iterator[Recipes]:
     """Open a checkpoint that must be this model's."""
     check_pretrained(folder, model)
     whole = build_model(model, transformers_config(model, 0), device="meta")
-    with StoredTensors(folder, block=_block(folder)) as stored:
+    block = _block(folder, config_words(folder).get("quantization_config"))
+    with StoredTensors(folder, block=block, headers_only=headers_only) as stored:
         yield Recipes(whole, stored)
 
 
-def _read_shared(recipes: Recipes, entry: Entry) -> Tensor:
-    wanted = range(entry.start, entry.start + entry.shape[0]) if entry.start else None
-    return recipes.read(entry.key, wanted, entry.shape)
-
-
-def _block(folder: Path) -> tuple[int, int]:
+def _block(folder: Path, quantised: Any) -> tuple[int, int] | None:
     """Return the rows and columns that share a scale in a checkpoint of 8 bits."""
-    quantised = config_words(folder).get("quantization_config") or {}
-    rows, columns = quantised.get("weight_block_size") or (128, 128)
-    return int(rows), int(columns)
+    found = (quantised or {}).get("weight_block_size", [128, 128])
+    if found is None:
+        return None
+    if isinstance(found, list) and [type(n) is int and n >= 1 for n in found] == [True, True]:
+        return found[0], found[1]
+    raise refusal(folder, f"has weight_block_size={found}, which must be null or two sizes >= 1")
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
@@ -160,12 +174,13 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             f"has model_type={kind}, which transformers {transformers.__version__} does not know",
         ) from None
     quantised = words.get("quantization_config")
-    if quantised and quantised.get("quant_method") != "fp8":
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if quantised and method != "fp8":
         raise refusal(
             folder,
-            f"is quantised with {quantised.get('quant_method')}: store it in bfloat16 first "
-            "(fp8 with scales is read)",
+            f"is quantised with {method}: store it in bfloat16 first (fp8 with scales is read)",
         )
+    _block(folder, quantised)
     return made_config(folder, words)
 
 

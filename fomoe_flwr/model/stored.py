@@ -1,16 +1,13 @@
-"""The tensors of a checkpoint's folder, and which of them make one of ours.
+"""A checkpoint's folder: its `config.json` and its tensors, each read when asked for.
 
-Released checkpoints have other names than the class, experts one by one, or fused matrices.
-transformers has a conversion for each family, and it is asked here, tensor by tensor: of an expert
-that nobody wants, not one byte is read. Nothing is unpickled: safetensors only.
+Nothing is unpickled: safetensors only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,24 +15,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers import PreTrainedConfig
+from transformers.core_model_loading import dot_natural_key
 
 from fomoe_flwr.config import SettingsError
 from fomoe_flwr.errors import one_line
+from fomoe_flwr.events import warn
 from fomoe_flwr.model.families import config_class
-from fomoe_flwr.parameters.keys import of_expert
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SCALE = "_scale_inv"
 """Ending of the tensor that has the scales of another one's blocks (DeepSeek's fp8)."""
+
+_FLOATS, _INTEGERS = ("F16", "BF16", "F32", "F64"), ("I32", "I64")
+_EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
+"""Kinds of numbers, as safetensors names them."""
 
 
 @dataclass
@@ -45,8 +39,11 @@ class StoredTensors:
     folder: Path
     setting: str = "model.pretrained"
     """The setting that gave the folder, for errors."""
-    block: tuple[int, int] = (128, 128)
-    """Rows and columns that have a scale in common, where numbers are stored in 8 bits."""
+    block: tuple[int, int] | None = (128, 128)
+    """Rows and columns that have a scale in common, where numbers are stored in 8 bits; None = a
+    whole matrix has one."""
+    headers_only: bool = False
+    """Give tensors of the right shape on the meta device; no number is read."""
     _files: dict[str, str] = field(init=False)
     _open: dict[str, Any] = field(init=False, default_factory=dict)
     _stack: ExitStack = field(init=False, default_factory=ExitStack)
@@ -72,36 +69,71 @@ class StoredTensors:
         with self._damage(name):
             return tuple(self._file(name).get_slice(name).get_shape())
 
-    def rows(self, name: str, wanted: Sequence[int] | None) -> Tensor:
+    def rows(
+        self, name: str, wanted: Sequence[int] | None, *, are_integers: bool = False
+    ) -> Tensor:
         """Read `wanted` rows (None = all) of a tensor, as fp32.
 
-        Raises SettingsError if the tensor is missing or not of floats.
+        Raises SettingsError if the tensor is missing, of another kind than floats (or integers,
+        where the model has such), or holds NaN or infinite numbers.
         """
+        shape, is_scaled = self.shape(name), f"{name}{_SCALE}" in self._files
+        more = (*(_EIGHT_BITS if is_scaled else ()), *(_INTEGERS if are_integers else ()))
+        self._check_kind(name, *_FLOATS, *more)
+        if is_scaled:
+            self._check_scale(name, shape)
+        if self.headers_only:
+            count = shape[:1] if wanted is None else (len(wanted),)
+            return torch.empty(*count, *shape[1:], device="meta")
+        read = self._scaled(name, wanted) if is_scaled else self._part(name, wanted).float()
+        # A sum is much cheaper than a look at each number; it may be infinite by itself.
+        if not torch.isfinite(read.sum()) and not torch.isfinite(read).all():
+            raise self.refusal(f"holds NaN or infinite numbers in {name}")
+        return read
+
+    def _part(self, name: str, wanted: Sequence[int] | None) -> Tensor:
         shape = self.shape(name)
-        if f"{name}{_SCALE}" in self._files:
-            whole = self._scaled(name)
-            return whole if wanted is None else whole[list(wanted)]
         with self._damage(name):
             view = self._file(name).get_slice(name)
             if wanted is None:
-                read = view[:] if shape else self._file(name).get_tensor(name)
-            else:
-                parts = [view[start:stop] for start, stop in _runs(wanted)]
-                read = torch.cat(parts) if parts else torch.empty(0, *shape[1:])
-        if read.dtype is torch.int64:  # a table of ids, as the routers of some layers are
-            return read.float()
-        if not read.is_floating_point() or read.element_size() < 2:
-            raise self.refusal(f"has {name} of {read.dtype}, too coarse to train")
-        return read.float()
+                return view[:] if shape else self._file(name).get_tensor(name)
+            parts = [view[start:stop] for start, stop in _runs(wanted)]
+            return torch.cat(parts) if parts else torch.empty(0, *shape[1:])
 
-    def _scaled(self, name: str) -> Tensor:
+    def _scaled(self, name: str, wanted: Sequence[int] | None) -> Tensor:
         """Read numbers of 8 bits times the scales of their blocks."""
+        is_stack, scales = len(self.shape(name)) > 2, self.shape(f"{name}{_SCALE}")
+        cut = wanted if is_stack else None  # Rows of a matrix share scales.
+        read = self._part(name, cut).float()
+        scale = self._part(f"{name}{_SCALE}", cut if len(scales) > 1 else None).float()
+        if len(scales) > 1:
+            for dim, block in zip((-2, -1), self.block or read.shape[-2:], strict=True):
+                scale = scale.repeat_interleave(block, dim).narrow(dim, 0, read.shape[dim])
+        read = read.mul_(scale)
+        return read if wanted is None or is_stack else read[list(wanted)]
+
+    def _check_kind(self, name: str, *allowed: str) -> None:
         with self._damage(name):
-            read = self._file(name).get_tensor(name).float()
-            scale = self._file(f"{name}{_SCALE}").get_tensor(f"{name}{_SCALE}").float()
-        for dim, block in enumerate(self.block):
-            scale = scale.repeat_interleave(block, dim).narrow(dim, 0, read.shape[dim])
-        return read.mul_(scale)
+            found = self._file(name).get_slice(name).get_dtype()
+        if found not in allowed:
+            lack = " (it has no scales)" if found in _EIGHT_BITS else ""
+            raise self.refusal(f"has {name} of {found}{lack}, it must be of {', '.join(allowed)}")
+
+    def _check_scale(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse scales that are neither one for all nor one for each block."""
+        scale = f"{name}{_SCALE}"
+        self._check_kind(scale, *_FLOATS, "F8_E8M0")
+        found, last = self.shape(scale), shape[-2:]
+        blocks = self.block or last
+        want = [1]
+        if len(shape) > 1:
+            ends = (-(-n // max(1, b)) for n, b in zip(last, blocks, strict=True))
+            want = [*shape[:-2], *ends]
+        if found not in ((), (1,), tuple(want)):
+            raise self.refusal(
+                f"has {scale} of shape {list(found)}, {want} belongs to {list(shape)} with "
+                f"weight_block_size={self.block and list(self.block)}"
+            )
 
     def _file(self, name: str) -> Any:
         file = self._files[name]
@@ -114,6 +146,10 @@ class StoredTensors:
         """Return the error that names the folder and its setting."""
         return refusal(self.folder, what, self.setting)
 
+    def warn(self, what: str) -> None:
+        """Tell what does not end the command, with the folder and its setting."""
+        warn(f"{self.setting}={self.folder} {what}")
+
     @contextmanager
     def _damage(self, name: str) -> Iterator[None]:
         """Tell what cannot be read in one line."""
@@ -121,126 +157,6 @@ class StoredTensors:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self.refusal(f"cannot give {name}: {error}") from error
-
-
-@dataclass
-class _Recipe:
-    """What is stored of some of our tensors, and how it becomes them."""
-
-    converter: WeightConverter | None
-    sources: dict[str, list[str]] = field(default_factory=dict)
-    """Stored names by the converter's pattern; of experts one by one, all of them in order."""
-
-    @property
-    def is_merged(self) -> bool:
-        """Whether experts are stored one by one."""
-        return self.converter is not None and any(
-            isinstance(step, MergeModulelist) and step.dim == 0
-            for step in self.converter.operations[:1]
-        )
-
-
-class Recipes:
-    """How a model's tensors come from stored ones.
-
-    Parameters
-    ----------
-    model
-        The whole model, on the meta device.
-    stored
-        The folder's tensors.
-    """
-
-    def __init__(self, model: PreTrainedModel, stored: StoredTensors) -> None:
-        self.model, self.stored = model, stored
-        steps = get_model_conversion_mapping(model)
-        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        converters = [step for step in steps if isinstance(step, WeightConverter)]
-        by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
-        state, prefix = model.state_dict(), model.base_model_prefix
-        self._of: dict[str, _Recipe] = {}
-        for name in stored.names():
-            key, pattern = rename_source_key(name, renamings, converters, prefix, state)
-            if key not in state and name in state:
-                key, pattern = name, None
-            made = self._of.setdefault(key, _Recipe(by_pattern.get(pattern or "")))
-            made.sources.setdefault(pattern or "", []).append(name)
-
-    def check(self, keys: Iterable[str]) -> None:
-        """Refuse a folder that lacks a tensor. Raises SettingsError, naming the first."""
-        together = any(
-            made.converter is not None and len(made.converter.target_patterns) > 1
-            for made in self._of.values()
-        )
-        missing = [key for key in keys if key not in self._of]
-        # What is stored in one piece with another tensor is known once that is read.
-        if missing and not together:
-            raise self.stored.refusal(f"has no tensor {missing[0]}")
-
-    def read(self, key: str, rows: Sequence[int] | None, shape: tuple[int, ...]) -> Tensor:
-        """Read `rows` (None = all) of a tensor whose full shape must be `shape`, as fp32.
-
-        Raises SettingsError, naming what is missing or does not fit.
-        """
-        made = self._of.get(key)
-        if made is None:
-            return self._other_part(key, rows, shape)
-        if made.converter is None:
-            (name,) = made.sources[""][:1]
-            found = self.stored.shape(name)
-            if found != shape:
-                raise self._misfit(name, found, shape)
-            return self.stored.rows(name, rows)
-        return self._converted(key, made, rows, shape)[key]
-
-    def _converted(
-        self, key: str, made: _Recipe, rows: Sequence[int] | None, shape: tuple[int, ...]
-    ) -> dict[str, Tensor]:
-        assert made.converter is not None
-        converter: Any = deepcopy(made.converter)
-        for pattern, names in made.sources.items():
-            if made.is_merged:
-                wanted = range(shape[0]) if rows is None else rows
-                converter.collected_tensors[pattern] = self._experts(names, wanted)
-                continue
-            are_stacked = all(self.stored.shape(name)[:1] == shape[:1] for name in names)
-            cut = rows if are_stacked else None
-            converter.collected_tensors[pattern] = [self.stored.rows(n, cut) for n in names]
-            rows = None if are_stacked else rows
-        try:
-            parts = converter.convert(key, model=self.model, config=self.model.config)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise self.stored.refusal(f"cannot give {key}: {error}") from error
-        for name, value in parts.items():
-            if name == key and value.shape[1:] != shape[1:]:
-                raise self._misfit(key, tuple(value.shape), shape)
-        if made.is_merged or rows is None:
-            return parts
-        return {name: value[list(rows)] for name, value in parts.items()}
-
-    def _experts(self, names: list[str], wanted: Sequence[int]) -> list[Tensor]:
-        found = [of_expert(names[0], expert) for expert in wanted]
-        shapes = {self.stored.shape(name): name for name in found}
-        if len(shapes) > 1:
-            (first, _), (other, name) = list(shapes.items())[:2]
-            raise self._misfit(name, other, first)
-        return [self.stored.rows(name, None) for name in found]
-
-    def _other_part(self, key: str, rows: Sequence[int] | None, shape: tuple[int, ...]) -> Tensor:
-        """Read a tensor that is stored together with another one."""
-        layer = key.rpartition(".layers.")[2].partition(".")[0]
-        for first, made in self._of.items():
-            same = first.rpartition(".layers.")[2].partition(".")[0] == layer
-            if same and made.converter is not None and len(made.converter.target_patterns) > 1:
-                parts = self._converted(first, made, rows, shape)
-                if key in parts:
-                    return parts[key]
-        raise self.stored.refusal(f"has no tensor {key}")
-
-    def _misfit(self, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> SettingsError:
-        return self.stored.refusal(
-            f"has {name} of shape {list(found)}, the settings expect {list(shape)}",
-        )
 
 
 def refusal(folder: Path, what: str, setting: str = "model.pretrained") -> SettingsError:
@@ -253,9 +169,11 @@ def config_words(folder: Path, setting: str = "model.pretrained") -> dict[str, A
     try:
         # It knows how infinity is written.
         words = PreTrainedConfig._dict_from_json_file(folder / "config.json")
-        return dict(words.items())
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise refusal(folder, f"has no readable config.json: {error}", setting) from error
+    if not isinstance(words, dict):
+        raise refusal(folder, "has a config.json without names and values", setting)
+    return words
 
 
 def made_config(
@@ -284,20 +202,13 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _tensor_files(folder: Path, setting: str) -> dict[str, str]:
-    """Return which file holds which tensor; every file must be there and whole."""
+    """Return which file holds which tensor; every file must be there and whole.
+
+    One file of all tensors goes before an index, as in transformers.
+    """
     named: dict[str, str] = {}
-    if (folder / _INDEX).is_file():
-        try:
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            named = dict(index["weight_map"])
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise refusal(folder, f"is damaged: {_INDEX}: {error}", setting) from error
-    elif not (folder / _WEIGHTS).is_file():
-        raise refusal(
-            folder,
-            f"has neither {_WEIGHTS} nor {_INDEX}: other formats are not read, convert it first",
-            setting,
-        )
+    if not (folder / _WEIGHTS).is_file():
+        named = _weight_map(folder, setting)
     files: dict[str, str] = {}
     for name in sorted(set(named.values())) or [_WEIGHTS]:
         if Path(name).name != name or not (folder / name).is_file():
@@ -309,3 +220,24 @@ def _tensor_files(folder: Path, setting: str) -> dict[str, str]:
         except (OSError, SafetensorError) as error:
             raise refusal(folder, f"is damaged: {name}: {error}", setting) from error
     return {key: file for key, file in files.items() if not named or named.get(key) == file}
+
+
+def _weight_map(folder: Path, setting: str) -> dict[str, str]:
+    """Read the names of tensors and of their files from the index."""
+    if not (folder / _INDEX).is_file():
+        raise refusal(
+            folder,
+            f"has neither {_WEIGHTS} nor {_INDEX}: other formats are not read, convert it first",
+            setting,
+        )
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise refusal(folder, f"is damaged: {_INDEX}: {error}", setting) from error
+    named = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(named, dict) or not named:
+        raise refusal(folder, f"is damaged: {_INDEX} has no weight_map of tensors", setting)
+    for key, file in named.items():
+        if not isinstance(file, str):
+            raise refusal(folder, f"is damaged: {_INDEX} has {key}: {file!r}, no file", setting)
+    return named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fomoe_flwr.layout import check_layout
 from fomoe_flwr.model.families import transformers_config
 from fomoe_flwr.model.pretrained import check_weights
 from fomoe_flwr.model.residency import build_model
-from fomoe_flwr.model.upcycling import dense_tensors
+from fomoe_flwr.model.upcycling import check_dense
 from fomoe_flwr.parallel.batch_split import BatchSplit
 from fomoe_flwr.parallel.choice import num_processes
 from fomoe_flwr.parameters.shapes import num_sparse_layers
@@ -44,16 +45,21 @@ def preflight(settings: Settings) -> None:
         check_cuda_graph(settings, device)
         count = num_processes(settings, device.type, torch.cuda.device_count())
         check_worker_memory(settings, worker_parameters(settings), device, count)
-    if model.pretrained:
+    if model.pretrained and not settings.resume:
         check_weights(model)
-    if model.upcycle:
-        dense_tensors(model)
+    if model.upcycle and not settings.resume:
+        check_dense(model)
     if model.architecture and model.routing_mode is RoutingMode.PARTITIONED:
         # Its class is asked here, not by a worker in the first round.
         held = (tuple(range(max(1, fewest_residents(settings)))),) * layers
         build_model(model, transformers_config(model, 0), held, device="meta")
     check_tracker(settings)
-    check_data(settings)
     if settings.resume:
-        check_inventory(RunDirectory(Path(settings.output_dir)).text, settings.data)
+        run = RunDirectory(Path(settings.output_dir))
+        # The run has a copy: the folder that its tokenizer came from may be gone.
+        kept = replace(settings.data, tokenizer=str(run.tokenizer))
+        check_data(replace(settings, data=kept))
+        check_inventory(run.text, settings.data)
+    else:
+        check_data(settings)
     claim_output_dir(settings)

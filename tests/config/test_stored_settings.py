@@ -27,7 +27,8 @@ def stored_run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "override", ["seed=3", "outer=nesterov", "local.lr=1", "preset=demo", "output_dir=/x", "++a=1"]
+    "override",
+    ["seed=3", "outer=nesterov", "local.lr=1", "preset=demo", "output_dir=/x", "++a=1", "seed.x=5"],
 )
 def test_resume_refuses_to_change_what_the_run_is(stored_run: Path, override: str) -> None:
     key = override.lstrip("+").partition("=")[0]
@@ -49,7 +50,7 @@ def test_resume_refuses_unknown_keys_and_wrong_values(stored_run: Path) -> None:
 def test_resume_takes_everything_else_from_the_run(stored_run: Path) -> None:
     before = read_settings(stored_run / "config.yaml")
     settings = load_settings(
-        [f"resume={stored_run}", "rounds=9", "checkpoint.keep=5", "local.threads=1"]
+        [f"resume={stored_run}", "rounds=9", "checkpoint.keep=5", "local.threads=1", "seed=5"]
     )
     before.rounds, before.checkpoint.keep, before.local.threads = 9, 5, 1
     before.resume = str(stored_run)

@@ -75,6 +75,9 @@ class Spy:
             def get_shape(self) -> list[int]:
                 return self.inner.get_shape()
 
+            def get_dtype(self) -> str:
+                return self.inner.get_dtype()
+
             def __getitem__(self, index: slice) -> Tensor:
                 spy.read.append((self.name, index))
                 return self.inner[index]
@@ -264,14 +267,10 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     saved(SHAPE, tmp_path)
     path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.5.up_proj.weight"
     tensors = load_file(path)
-    right = tensors[name]
     save_file(tensors | {name: torch.zeros(8, 15)}, path)
-    with pytest.raises(SettingsError, match=rf"{name} of shape \[8, 15\], .* expect \[8, 16\]"):
+    with pytest.raises(SettingsError, match=rf"{name} of shape \[8, 15\], .* says \[8, 16\]"):
         read_pretrained(tmp_path, SHAPE, spec_of(SHAPE))
     read_pretrained(tmp_path, SHAPE, spec_of(SHAPE), ((0,), (1,)))
-    save_file(tensors | {name: right.to(torch.int8)}, path)
-    with pytest.raises(SettingsError, match=r"int8, too coarse to train"):
-        read_pretrained(tmp_path, SHAPE, spec_of(SHAPE))
     save_file({k: v for k, v in tensors.items() if k != name}, path)
     with pytest.raises(SettingsError, match=f"has no tensor {name}"):
         read_pretrained(tmp_path, SHAPE, spec_of(SHAPE))
@@ -288,17 +287,6 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     weights.write_bytes((tmp_path / "pytorch_model.bin").read_bytes()[:50])
     with pytest.raises(SettingsError, match="is damaged"):
         read_pretrained(tmp_path, SHAPE, spec_of(SHAPE))
-
-
-@pytest.mark.parametrize("name", ["gone.safetensors", "../outside.safetensors"])
-def test_an_index_that_names_a_file_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    saved(SHAPE, folder)
-    (tmp_path / "outside.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}), encoding="utf-8")
-    with pytest.raises(SettingsError, match="has no file"):
-        read_pretrained(folder, SHAPE, spec_of(SHAPE))
 
 
 def in_fp8(name: str, value: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
@@ -334,14 +322,3 @@ def test_fp8_with_scales_is_read_as_the_numbers_it_means(
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     want = read_pretrained(plain, SHAPE, spec_of(SHAPE), residents)
     assert_same(read_pretrained(tmp_path, SHAPE, spec_of(SHAPE), residents), want)
-
-
-def test_fp8_without_scales_is_refused(tmp_path: Path) -> None:
-    saved(SHAPE, tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    save_file(
-        tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors"
-    )
-    with pytest.raises(SettingsError, match=rf"{name} of torch.float8_e4m3fn, too coarse to train"):
-        read_pretrained(tmp_path, SHAPE, spec_of(SHAPE))

@@ -24,7 +24,7 @@ from fomoe_flwr.model.architecture import described_settings
 from fomoe_flwr.model.blocks import moe_blocks
 from fomoe_flwr.model.execution import Execution
 from fomoe_flwr.model.families import class_of, transformers_config
-from fomoe_flwr.model.pretrained import read_pretrained
+from fomoe_flwr.model.pretrained import check_weights, read_pretrained
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import StateSpec, load_state, state_of
 from fomoe_flwr.parameters.keys import layer_of
@@ -230,7 +230,9 @@ def test_shapes_in_the_settings_are_the_stock_class_s(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_transformers_saves_is_read(family: str, tmp_path: Path) -> None:
+def test_what_transformers_saves_is_read(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Under the names and in the form that a released checkpoint of the family has."""
     known(family)
     reference, residents = stock(family), half(family)
@@ -238,6 +240,9 @@ def test_what_transformers_saves_is_read(family: str, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     shape = settings_of(family)
     config = config_of(family)
+    capsys.readouterr()
+    check_weights(replace(shape, pretrained=str(tmp_path)))
+    assert "warning: " not in capsys.readouterr().err
     got = read_pretrained(tmp_path, shape, StateSpec.of(shape, config))
     assert got.keys() == weights.keys()
     for key, value in weights.items():

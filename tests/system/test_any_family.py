@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from registry import families, tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fomoe_flwr.cli.main import main
 from fomoe_flwr.data.tokenizer import train_tokenizer
@@ -91,6 +91,13 @@ def lose_a_tensor(folder: Path) -> None:
     path.write_text(json.dumps(index), encoding="utf-8")
 
 
+def lose_an_expert(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    kept = {k: v for k, v in index["weight_map"].items() if ".experts.5.up_proj" not in k}
+    path.write_text(json.dumps({"weight_map": kept}), encoding="utf-8")
+
+
 def lose_the_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -109,6 +116,7 @@ def have_more_words(folder: Path) -> None:
         (lose_a_file, "has no file model-00002-of-"),
         (cut_a_file, "is damaged: model-00002-of-"),
         (lose_a_tensor, "has no tensor model.norm.weight"),
+        (lose_an_expert, "has no tensor model.layers.1.mlp.experts.5.up_proj.weight"),
         (lose_the_tokenizer, "has no tokenizer that can be loaded"),
         (have_more_words, "tokens, model.vocab_size=300 is too small"),
     ],
@@ -178,3 +186,34 @@ def test_an_export_generates_as_the_checkpoint_did(
         assert {name: config[name] for name in STOPS} == STOPS
         said = json.loads((export / "generation_config.json").read_text("utf-8"))
         assert {name: said[name] for name in STOPS | kept} == STOPS | kept
+
+
+@pytest.mark.parametrize("setting", ["model.pretrained", "model.upcycle"])
+def test_a_resumed_run_needs_the_released_folder_no_more(
+    setting: str,
+    released: Path,
+    small_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(live, "draw_beside", lambda run: None)
+    if setting == "model.upcycle":
+        sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+        config = AutoConfig.for_model(
+            "llama", vocab_size=300, hidden_size=32, num_hidden_layers=2, **sizes
+        )
+        for file in released.glob("*.safetensors*"):
+            file.unlink()
+        AutoModelForCausalLM.from_config(config).save_pretrained(released)
+    run = tmp_path / "run"
+    words = [
+        *("run", "preset=tiny", "engine=in_process", f"{setting}={released}", "rounds=1"),
+        *("layout.num_workers=2", "layout.overlap=1", "local.steps=1", "eval.sample_tokens=0"),
+        *(f"data.path={small_text}", f"output_dir={run}"),
+    ]
+    assert main(words) == 0
+    released.rename(tmp_path / "elsewhere")
+    assert main(["run", f"resume={run}", "rounds=2", f"{setting}={released}"]) == 0
+    assert main(["run", f"resume={run}", "rounds=3", f"{setting}={tmp_path}"]) == 2
+    assert f"{setting} cannot change when a run is resumed" in capsys.readouterr().err
