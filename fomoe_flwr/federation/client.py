@@ -26,8 +26,9 @@ from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.files import save_text
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.parallel.choice import num_processes
-from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT
+from fomoe_flwr.parameters.fragments import PSEUDO_GRADIENT, snapshot_step, sync_step
 from fomoe_flwr.worker.cache import CACHE
+from fomoe_flwr.worker.delay import DELAYED, take_delayed_steps
 from fomoe_flwr.worker.device import capacity_gib, check_worker_memory, pick_device
 from fomoe_flwr.worker.multi_gpu import NODE_PROCESSES, num_node_processes
 from fomoe_flwr.worker.round import RoundResult, RoundTask, run_round
@@ -114,7 +115,11 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
     if count > 1:
         result = NODE_PROCESSES.run_round(task, data, count)
     else:
-        result = run_round(task, partial(CACHE.batches, data))
+        open_batches = partial(CACHE.batches, data)
+        result = run_round(task, open_batches)
+        if snapshot_step(settings, task.server_round) < sync_step(settings, task.server_round):
+            where = (settings, task.state_dir, task.server_round, open_batches)
+            DELAYED.put_off(partial(take_delayed_steps, *where))
     in_steps = result.report.seconds - result.seconds_before
     overhead = time.perf_counter() - started - in_steps
     return _reply(header, task, result, overhead)

@@ -20,9 +20,9 @@ class Lookout:
         self._closed: RoundRecord | None = None
         self._since = time.monotonic()
 
-    def close_round(self) -> None:
+    def close_round(self, record: RoundRecord) -> None:
         """Note that a round is over: from now on the next one waits for nodes."""
-        self._closed, self._since = self._strategy.record, time.monotonic()
+        self._closed, self._since = record, time.monotonic()
 
     def __call__(self) -> list[dict[str, Any]]:
         """List `worker`, what is waited `for` (`node` or `reply`) and `since` (Unix seconds)."""

@@ -229,7 +229,7 @@ class Server:
         self.heartbeat.note("train", min(server_round + 1, settings.rounds))
         report.print_round(row, settings.rounds)
         self.live.refresh()
-        self.lookout.close_round()
+        self.lookout.close_round(record)
         phases.end("note")
         return MetricRecord({k: v for k, v in row.items() if isinstance(v, int | float)})
 

@@ -101,6 +101,8 @@ class FoMoEStrategy(Strategy):
         self._adopt(RoundState.at_start(settings))
         self._round: RoundRecord
         self._beside = Beside(is_on=False)
+        self._closed: dict[str, Any] = {}
+        """The state after the last round, which the opening of the next one changes."""
 
     @property
     def record(self) -> RoundRecord | None:
@@ -146,8 +148,17 @@ class FoMoEStrategy(Strategy):
         nodes = node_grid(grid)
         self.seats.gather(nodes)
         self._begin()
+        tasks: Iterable[Message] | None = None
         for server_round in range(self.first_round, last + 1):
-            metrics = self._run_round(server_round, nodes, timeout)
+            if tasks is None:
+                tasks = self._open(server_round, nodes)
+            record = self._run_round(server_round, nodes, timeout, tasks)
+            tasks = None
+            if server_round < last and self._may_open_early(nodes):
+                self._send(self._open(server_round + 1, nodes), nodes)
+                tasks = ()
+            with self._meeting(nodes):
+                metrics = self.on_round(record)
             if metrics is not None:
                 result.evaluate_metrics_serverapp[server_round] = metrics
         return result
@@ -164,19 +175,31 @@ class FoMoEStrategy(Strategy):
         attendance.leave(missing)
         self.layouts.learn_room()
 
-    def _run_round(
-        self, server_round: int, grid: NodeGrid, timeout: float | None
-    ) -> MetricRecord | None:
-        patience = timeout or self.settings.federation.round_timeout_seconds
-        tasks = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-        started, record = time.monotonic(), self._round
+    def _may_open_early(self, grid: NodeGrid) -> bool:
+        """Whether the next round's tasks go out before this one is evaluated and written down.
+
+        Workers that train on meanwhile wait for them.
+        """
+        return bool(self.settings.outer.delay_steps) and not grid.works_when_asked
+
+    def _open(self, server_round: int, grid: NodeGrid) -> Iterable[Message]:
         self._waiting.begin()
+        return self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
+
+    def _run_round(
+        self,
+        server_round: int,
+        grid: NodeGrid,
+        timeout: float | None,
+        tasks: Iterable[Message],
+    ) -> RoundRecord:
+        patience = timeout or self.settings.federation.round_timeout_seconds
+        started, record = time.monotonic(), self._round
         is_on = grid.works_when_asked and self._has_idle_cores()
         with Beside(is_on) as self._beside:
             tasks = one_ahead(tasks, is_on)
             self.aggregate_train(server_round, self._replies(tasks, grid, started + patience))
-        with self._meeting(grid):
-            return self.on_round(record)
+        return record
 
     def _has_idle_cores(self) -> bool:
         """Tell whether workers of this process compute on a GPU, and all is held in memory."""
@@ -338,6 +361,7 @@ class FoMoEStrategy(Strategy):
         if self._ledger is not None:
             record.epsilon = self._ledger.spend()
         self.round_state.note(self.settings.layout, record)
+        self._closed = self._state()
         record.outer_seconds = time.monotonic() - started
 
     def configure_evaluate(
@@ -354,6 +378,9 @@ class FoMoEStrategy(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next round depends on besides tensors, JSON-able, for a checkpoint."""
+        return self._closed or self._state()
+
+    def _state(self) -> dict[str, Any]:
         ledger = None if self._ledger is None else self._ledger.to_json()
         limits = self._limits.to_json()
         return {**self.round_state.to_json(), "privacy": ledger, "norm_limits": limits}

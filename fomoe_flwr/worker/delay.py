@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,25 @@ from fomoe_flwr.worker.state_store import STATES, UNREADABLE, tell_lost
 from fomoe_flwr.worker.trainer import LocalReport
 from fomoe_flwr.worker.workplace import lent_trainer
 
+
+@dataclass
+class Delayed:
+    """The delayed steps that a worker of this process can take before its next task."""
+
+    _steps: Callable[[], LocalReport | None] | None = None
+
+    def put_off(self, steps: Callable[[], LocalReport | None]) -> None:
+        """Note what to do as soon as the reply is on its way."""
+        self._steps = steps if STATES.is_in_memory else None
+
+    def take(self) -> LocalReport | None:
+        """Take the steps that were put off, if there are any."""
+        steps, self._steps = self._steps, None
+        return steps() if steps else None
+
+
+DELAYED = Delayed()
+"""This process's own."""
 _REPORTS: dict[Path, LocalReport] = {}
 """What the delayed steps did whose states this process keeps."""
 

@@ -18,4 +18,5 @@ HEADER = TaskHeader(
     moments=["exp_avg"],
     pooled_share=[[0.5, 0.5]],
     probe=[[3, 1], [4, 1]],
+    continues=True,
 )

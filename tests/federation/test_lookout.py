@@ -62,5 +62,5 @@ def test_after_a_round_the_next_one_waits_for_nodes(monkeypatch: pytest.MonkeyPa
     strategy: Any = SimpleNamespace(record=record(9, {0, 1, 2}, {0}, set()), seats=seats)
     look = Lookout(strategy)
     assert [(each["worker"], each["for"]) for each in look()] == [(1, "reply"), (2, "reply")]
-    look.close_round()
+    look.close_round(strategy.record)
     assert [(each["worker"], each["for"]) for each in look()] == [(2, "node")]

@@ -114,10 +114,19 @@ def test_plain_text_is_refused(federation: Loopback, tmp_path: Path) -> None:
     assert requests_seen(federation) == before
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["local.steps=4", "outer.delay_steps=3", "outer.merge_alpha=0.5"],
+        ["local.steps=4", "outer.delay_steps=2", "outer.fragments=2"],
+    ],
+    ids=["plain", "delayed", "delayed fragments"],
+)
 def test_three_nodes_give_the_run_that_one_process_gives(
-    federation: Loopback, small_text: Path, tmp_path: Path
+    more: list[str], federation: Loopback, small_text: Path, tmp_path: Path
 ) -> None:
-    words = [*WORDS, f"data.path={small_text}"]
+    words = [*WORDS, *more, f"data.path={small_text}"]
     folder = str(federation.folder)
     out = tmp_path / "federation"
     assert main(["federation", "submit", folder, *words, f"output_dir={out}"]) == 0

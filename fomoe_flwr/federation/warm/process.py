@@ -77,6 +77,7 @@ def _work_with_memory(
 ) -> None:
     """Answer as every node does, and keep workers' states in memory meanwhile."""
     from fomoe_flwr.federation.client import ANSWERS
+    from fomoe_flwr.worker.delay import DELAYED
     from fomoe_flwr.worker.state_store import STATES
 
     def settled(answer: Answer, content: RecordDict, context: Context) -> RecordDict:
@@ -88,7 +89,7 @@ def _work_with_memory(
     answers = {kind: partial(settled, answer) for kind, answer in ANSWERS.items()}
     with STATES.in_memory():
         try:
-            _work(waiting, guests, answers, idle_seconds)
+            _work(waiting, guests, answers, idle_seconds, DELAYED.take)
         finally:
             STATES.write_all()
 
@@ -189,7 +190,9 @@ def _work(
     guests: set[_Guest],
     answers: Mapping[str, Answer],
     idle_seconds: float,
+    go_on: Callable[[], object] = lambda: None,
 ) -> None:
+    """Do one task after the other; `go_on` is what can be done of the next before it is there."""
     while True:
         try:
             guest = waiting.get(timeout=idle_seconds or None)
@@ -209,9 +212,25 @@ def _work(
                 continue
             finally:
                 guests.discard(guest)
-        if not is_sound:
+        if not (is_sound and _is_done(go_on)):
             _say("ends after an error that may have left anything behind")
             return
+
+
+def _is_done(go_on: Callable[[], object]) -> bool:
+    """Call, and tell whether this process may take another task. The next task tells an error."""
+    started = time.monotonic()
+    try:
+        done = go_on()
+    except Exception as error:
+        _say(f"ahead: {reason_of(error)}")
+        if not isinstance(error, ValueError | RunError):
+            traceback.print_exc()
+            return False
+        return True
+    if done is not None:
+        _say(f"ahead: done ({time.monotonic() - started:.2f} s)")
+    return True
 
 
 def _do(guest: _Guest, task: Frame, answers: Mapping[str, Answer]) -> bool:
