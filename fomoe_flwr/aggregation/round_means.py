@@ -65,7 +65,7 @@ class RoundMeans:
         self.server_round, self.limits, self.home = server_round, limits, home
         self.fragment = fragment_of_round(outer, server_round)
         part = spec.fragment(self.fragment, outer.fragments)
-        self.weighting = outer.weighting
+        self.weighting, self.decay = outer.weighting, outer.staleness_decay
         self.gradient = _mean(settings, part, home)
         self.moments = {
             name: _mean(settings, part.parameters(), home)
@@ -77,16 +77,19 @@ class RoundMeans:
         """Means by the name of the vectors that they take from a reply."""
         return {PSEUDO_GRADIENT: self.gradient, **self.moments}
 
-    def fold(self, reply: Reply) -> bool:
+    def fold(self, reply: Reply, age: int = 0) -> bool:
         """Add a reply with the weight that `outer.weighting` gives it.
 
+        The weight of one that is `age` rounds late is `outer.staleness_decay` ** age of that.
         Returns whether it was scaled down to what `outer.clip_to_median` allows.
         """
-        weight = 1.0 if self.weighting == "uniform" else reply.metrics["tokens"]
+        decayed = self.decay**age
+        weight = decayed * (1.0 if self.weighting == "uniform" else reply.metrics["tokens"])
         expert_weights = None
         if self.weighting == "routed":
             expert_weights = [
-                reply.counts.load[layer][list(held)] for layer, held in enumerate(reply.residents)
+                decayed * reply.counts.load[layer][list(held)]
+                for layer, held in enumerate(reply.residents)
             ]
         is_clipped = False
         for name, mean in self.by_name.items():

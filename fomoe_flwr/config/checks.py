@@ -241,11 +241,29 @@ def _check_outer(settings: Settings) -> None:
             f"outer.delay_steps={outer.delay_steps} needs local.keep_inner_state=true: the delayed "
             "steps go on with the optimizer's state"
         )
+    if outer.late_replies == "use":
+        _check_late(settings)
     if outer.fragments > settings.rounds:
         raise SettingsError(
             f"outer.fragments={outer.fragments} must be <= rounds={settings.rounds}: otherwise "
             "some fragment is never synchronised"
         )
+
+
+def _check_late(settings: Settings) -> None:
+    """Refuse what a reply of an earlier round has no place in."""
+    outer = settings.outer
+    for key, value, allowed in (
+        ("outer.name", outer.name, ("average", "nesterov")),
+        ("outer.fragments", outer.fragments, (1,)),
+        ("outer.robust", outer.robust, ("none",)),
+        ("privacy.clip_norm", settings.privacy.clip_norm, (0,)),
+    ):
+        if value not in allowed:
+            raise SettingsError(
+                f"outer.late_replies=use needs {key} to be {' or '.join(map(str, allowed))} "
+                f"(got {value})"
+            )
 
 
 def _check_balance(settings: Settings) -> None:

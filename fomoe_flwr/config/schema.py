@@ -217,6 +217,11 @@ class OuterSettings:
     merges the answer: the links work meanwhile. Less than `local.steps`."""
     merge_alpha: float = number(0.0, at_least=0, at_most=1)
     """Share of its own weights that a worker keeps when it merges the answer; 0 keeps nothing."""
+    late_replies: str = choice("drop", "drop", "use")
+    """What becomes of a reply that comes after its round has closed: `use` folds it into the round
+    in which it comes."""
+    staleness_decay: float = number(0.5, above=0, at_most=1)
+    """What the weight of a late reply is multiplied by for every round that it is late."""
 
 
 @dataclass
@@ -326,6 +331,9 @@ class FederationSettings:
     """How long a round waits for a node that is out of touch; what it sends until then counts."""
     node_wait_seconds: float = number(30, at_least=0)
     """How long the server waits for nodes before the first round."""
+    late_script: list[list[int]] = field(default_factory=list)
+    """`[[round, worker, rounds], ...]`: replies that come so many rounds late. Only in one process,
+    to see what late replies do."""
 
 
 @dataclass

@@ -10,12 +10,12 @@ from logging import WARNING
 from flwr.app import Message
 from flwr.common.logger import log
 
-from fomoe_flwr.aggregation.round_means import RoundMeans
+from fomoe_flwr.aggregation.round_means import Reply, RoundMeans
 from fomoe_flwr.errors import one_line
 from fomoe_flwr.federation.beside import Beside
 from fomoe_flwr.federation.replies import ReplyReader
 from fomoe_flwr.federation.round_record import RoundRecord
-from fomoe_flwr.federation.waiting import Waiting
+from fomoe_flwr.federation.waiting import OutTask, Waiting
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.model.homes import MEMORY
 from fomoe_flwr.worker.heap import release_heap
@@ -37,7 +37,11 @@ class Intake:
         started, record = time.monotonic(), self._record
         for message in replies:
             self._wait(beside)
-            worker = self._waiting.sent.get(message.metadata.reply_to_message_id, -1)
+            message_id = message.metadata.reply_to_message_id
+            if late := self._waiting.late_tasks.pop(message_id, None):
+                self._take_late(message, late)
+                continue
+            worker = self._waiting.sent.get(message_id, -1)
             if worker in record.replies or worker < 0:
                 continue
             taken = [message]
@@ -73,7 +77,33 @@ class Intake:
         if message.has_content():
             record.up.add(message.content)
         reply = self._reader.read(message, worker, record.server_round, record.layout, self._means)
-        if self._means.fold(reply):
-            record.clipped.add(worker)
-            log(WARNING, "round %s: worker %s is too large and scaled", record.server_round, worker)
+        self._add(reply, worker)
         record.take(worker, reply)
+
+    def _take_late(self, message: Message, task: OutTask) -> None:
+        """Fold a reply to a task of an earlier round, which is checked against that round."""
+        record = self._record
+        try:
+            record.up.add(message.content)
+            reply = self._reader.read(
+                message, task.worker, task.server_round, task.layout, self._means
+            )
+        except WireError as error:
+            why = one_line(error)
+            log(
+                WARNING,
+                "worker %s, late: %s is left out: %s",
+                task.worker,
+                record.server_round,
+                why,
+            )
+            return
+        age = record.server_round - task.server_round
+        self._add(reply, task.worker, age)
+        record.take_late(task.worker, age, reply)
+
+    def _add(self, reply: Reply, worker: int, age: int = 0) -> None:
+        if self._means.fold(reply, age):
+            self._record.clipped.add(worker)
+            said = self._record.server_round, worker
+            log(WARNING, "round %s: worker %s is too large and scaled", *said)

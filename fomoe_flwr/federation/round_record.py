@@ -53,7 +53,9 @@ class RoundRecord:
     missing_experts: int = 0
     """(layer, expert) pairs that nobody returned: value and outer state kept."""
     late_replies: int = 0
-    """Replies to tasks of earlier rounds that came, and were dropped, during this one."""
+    """Replies to tasks of earlier rounds that came since the round before."""
+    used_late: list[tuple[int, int, float]] = field(default_factory=list)
+    """Worker, age in rounds and tokens of every late reply that was folded."""
     clipped: set[int] = field(default_factory=set)
     """Workers whose reply was scaled down to what the others' allow."""
     rejoined: set[int] = field(default_factory=set)
@@ -78,6 +80,10 @@ class RoundRecord:
         self.counts[worker] = reply.counts
         if reply.choices is not None:
             self.choices[worker] = reply.choices
+
+    def take_late(self, worker: int, age: int, reply: Reply) -> None:
+        """Note a late reply that was folded: its tokens count, its measurements are old."""
+        self.used_late.append((worker, age, reply.metrics["tokens"]))
 
     @property
     def bytes_up(self) -> int:
@@ -129,7 +135,7 @@ class RoundRecord:
             "train/balance_loss": mean("balance_loss"),
             "train/grad_norm": mean("grad_norm"),
             "train/lr": mean("lr"),
-            "train/tokens": int(tokens),
+            "train/tokens": int(tokens + sum(late for _, _, late in self.used_late)),
             "train/tokens_per_second": tokens / max(self.train_seconds, 1e-9),
             "moe/ghost_fraction": mean("ghost_fraction"),
             "moe/all_ghost_fraction": mean("all_ghost_fraction"),
@@ -146,6 +152,7 @@ class RoundRecord:
             "round/fresh_inner_states": int(sum(reply.get("fresh_state", 0) for reply in replies)),
             "round/participants": sorted(self.replies),
             "round/late_replies": self.late_replies,
+            "round/late_used": [[worker, age] for worker, age, _ in self.used_late],
             "round/clipped": sorted(self.clipped),
             "round/rejoined": sorted(self.rejoined),
             "round/rejoined_fresh": sum(

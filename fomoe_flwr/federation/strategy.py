@@ -97,7 +97,7 @@ class FoMoEStrategy(Strategy):
         self._reader = ReplyReader(settings, spec, probe, outer.home)
         self._ledger = open_ledger(settings)
         self._limits = NormLimits(settings.outer.clip_to_median)
-        self._waiting = Waiting(settings.federation)
+        self._waiting = Waiting(settings.federation, settings.outer.late_replies == "use")
         self._adopt(RoundState.at_start(settings))
         self._round: RoundRecord
         self._beside = Beside(is_on=False)
@@ -214,11 +214,12 @@ class FoMoEStrategy(Strategy):
         if not grid.works_when_asked:
             self._send(tasks, grid)
             yield from self._waiting.replies(grid, self._round, deadline, meet)
-            return
-        for task in tasks:
-            self._send([task], grid)
-            del task
-            yield from self._waiting.replies(grid, self._round, deadline, meet)
+        else:
+            for task in tasks:
+                self._send([task], grid)
+                del task
+                yield from self._waiting.replies(grid, self._round, deadline, meet)
+        yield from self._waiting.late_replies(grid, self._round.server_round)
 
     @contextmanager
     def _meeting(self, grid: NodeGrid) -> Iterator[None]:
@@ -304,7 +305,7 @@ class FoMoEStrategy(Strategy):
         deadline = time.monotonic() + limits.round_timeout_seconds
         while True:
             self._meet(grid)
-            self._waiting.drop_late(grid)
+            self._waiting.take_late(grid)
             busy = self._waiting.busy()
             free = {w: n for w, n in self.seats.node_of_worker().items() if w not in busy}
             if len(free) >= limits.min_workers or time.monotonic() >= deadline:
@@ -321,7 +322,10 @@ class FoMoEStrategy(Strategy):
             del task
         worker_of = self.seats.worker_of_node
         self._waiting.add(
-            {i: OutTask(worker_of[node], node, record.server_round) for i, node in sent.items()}
+            {
+                i: OutTask(worker_of[node], node, record.server_round, record.layout)
+                for i, node in sent.items()
+            }
         )
         record.send_seconds += time.monotonic() - started
 

@@ -15,6 +15,7 @@ from fomoe_flwr.config import FederationSettings
 from fomoe_flwr.federation.node_grid import NodeGrid
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.seats import POLL_SECONDS
+from fomoe_flwr.layout import Layout
 
 _LATE_POLL_SECONDS = 1.0
 _SWEEP_SECONDS = 10.0
@@ -31,6 +32,8 @@ class OutTask:
     worker: int
     node: int
     server_round: int
+    layout: Layout
+    """The layout of its round."""
 
 
 @dataclass
@@ -38,6 +41,8 @@ class Waiting:
     """Tasks that are out: those of this round, and those of rounds that closed without them."""
 
     limits: FederationSettings
+    uses_late: bool = False
+    """Whether replies to tasks of closed rounds are handed on, not dropped."""
     sent: dict[str, int] = field(default_factory=dict)
     """Message id -> worker, of this round."""
     _out: dict[str, OutTask] = field(default_factory=dict)
@@ -47,7 +52,17 @@ class Waiting:
     _hopeless: dict[str, tuple[str, float]] = field(default_factory=dict)
     """Message id -> why no further part of a reply can come, and since when."""
     _latecomers: list[int] = field(default_factory=list)
+    _arrived: list[Message] = field(default_factory=list)
+    """Late replies that a round is to fold."""
+    late_tasks: dict[str, OutTask] = field(default_factory=dict)
+    """Message id -> task that a reply in `_arrived` or yielded since answers."""
     _looked: float = 0.0
+    _intake: int = 0
+    """The round whose replies are being taken."""
+
+    def __post_init__(self) -> None:
+        self._due = {(r, worker): r + late for r, worker, late in self.limits.late_script}
+        """(round, worker) -> round in which the reply comes, by the script."""
 
     def begin(self) -> None:
         """Begin a new round."""
@@ -67,8 +82,10 @@ class Waiting:
         `federation.grace_seconds` after `federation.min_workers` replies were folded. Without a
         grace period replies are yielded in worker order, whoever was first, until shortly before
         the deadline. With one they are yielded as they come, so that the server learns when the
-        quorum is there. `meet` is called while nothing arrives: nodes come and go.
+        quorum is there. `meet` is called while nothing arrives: nodes come and go. Late replies
+        are yielded in between, if they are used; `late_tasks` knows what they answer.
         """
+        self._intake = record.server_round
         in_order = not self.limits.grace_seconds
         sweep = deadline - min(_SWEEP_SECONDS, self.limits.round_timeout_seconds / 10)
         is_over = False
@@ -77,6 +94,11 @@ class Waiting:
             only_first = in_order and time.monotonic() < sweep
             num_done = 0
             for message_id in list(self._out)[: 1 if only_first else None]:
+                if self._is_postponed(self._out[message_id]):
+                    task = self._late[message_id] = self._out.pop(message_id)
+                    record.failures[task.worker] = "late by federation.late_script"
+                    num_done += 1
+                    continue
                 started = time.monotonic()
                 for reply in grid.pull_messages([message_id]):
                     record.receive_seconds += time.monotonic() - started
@@ -91,12 +113,27 @@ class Waiting:
                         num_done += 1
             if not num_done:
                 meet()
-                self.drop_late(grid)
+                self.take_late(grid)
                 time.sleep(POLL_SECONDS)
+            yield from self._handed_on()
             if not in_order and len(record.replies) >= self.limits.min_workers:
                 deadline = min(deadline, time.monotonic() + self.limits.grace_seconds)
         self._late |= self._out
         self._out = {}
+
+    def late_replies(self, grid: NodeGrid, server_round: int) -> Iterator[Message]:
+        """Yield the late replies that are here when a round closes."""
+        self._intake = server_round
+        self.take_late(grid, now=True)
+        yield from self._handed_on()
+
+    def _handed_on(self) -> Iterator[Message]:
+        while self._arrived:
+            yield self._arrived.pop(0)
+
+    def _is_postponed(self, task: OutTask) -> bool:
+        """Whether the script lets a reply come in a later round than the one that is taken in."""
+        return self._due.get((task.server_round, task.worker), 0) > self._intake
 
     def give_up(self, why: Callable[[OutTask], str]) -> None:
         """Wait no longer for tasks of which `why` gives a reason; an empty one means: wait on."""
@@ -110,19 +147,26 @@ class Waiting:
         patience = _ARRIVAL_SECONDS if grid.is_arriving(message_id) else 0.0
         return time.monotonic() >= since + patience
 
-    def drop_late(self, grid: NodeGrid) -> None:
-        """Pull replies to tasks of closed rounds, note whose they are, and drop them."""
-        if time.monotonic() - self._looked < _LATE_POLL_SECONDS:
+    def take_late(self, grid: NodeGrid, now: bool = False) -> None:
+        """Pull replies to tasks of closed rounds, and note whose they are: to use or to drop them.
+
+        Looks at most once a second, unless it must be `now`.
+        """
+        if not now and time.monotonic() - self._looked < _LATE_POLL_SECONDS:
             return
         self._looked = time.monotonic()
         for message_id, task in list(self._late.items()):
+            if self._is_postponed(task):
+                continue
             for reply in grid.pull_messages([message_id]):
                 del self._late[message_id]
                 if reply.has_content():
                     self._latecomers.append(task.worker)
-                    log(
-                        INFO, "worker %s answered round %s too late", task.worker, task.server_round
-                    )
+                    said = task.worker, task.server_round
+                    log(INFO, "worker %s answered round %s too late", *said)
+                    if self.uses_late:
+                        self._arrived.append(reply)
+                        self.late_tasks[message_id] = task
                 break
             else:
                 if self._is_hopeless(message_id, grid):
