@@ -19,6 +19,9 @@ from fomoe_flwr.errors import InputError
 from fomoe_flwr.model.experts import form_of, is_experts
 from fomoe_flwr.parameters.keys import has_layer, layer_of
 
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
+"""What families call the bias that a router adds to the scores when it chooses."""
+
 _TRIAL_TOKENS = 16
 _SCORES: dict[tuple[type, int, str], str] = {}
 
@@ -56,7 +59,7 @@ class MoeBlock:
             value
             for module in (self.router, self.owner)
             for name, value in (*module.named_parameters(), *module.named_buffers())
-            if name.rpartition(".")[2] in ("e_score_correction_bias", "expert_bias")
+            if name.rpartition(".")[2] in BIAS_NAMES
         ]
         return found[0] if found else None
 
