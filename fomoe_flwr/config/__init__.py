@@ -10,6 +10,7 @@ from fomoe_flwr.config.checks import (
     PATHS,
     SettingsError,
     check,
+    did_you_mean,
     fewest_residents,
 )
 from fomoe_flwr.config.compose import (

@@ -22,6 +22,7 @@ from fomoe_flwr.parameters.keys import has_layer, layer_of
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 """What families call the bias that a router adds to the scores when it chooses."""
 
+NO_EXPERTS = "it has no experts with the interface of transformers"
 _TRIAL_TOKENS = 16
 _SCORES: dict[tuple[type, int, str], str] = {}
 
@@ -89,7 +90,7 @@ def checked_blocks(model: nn.Module) -> list[MoeBlock]:
     """Return the blocks of a model whose ghosts can be skipped; else raise FamilyError, and why."""
     blocks = list(moe_blocks(model))
     if not blocks:
-        raise FamilyError("it has no experts with the interface of transformers")
+        raise FamilyError(NO_EXPERTS)
     layers = [block.layer for block in blocks]
     if len(set(layers)) != len(layers):
         raise FamilyError("a layer has two sets of experts")
