@@ -156,10 +156,10 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
             return kind._from_config(config, experts_implementation=WITHOUT_WORK)
     except Exception as error:  # each family refuses in its own way
         why = f"{kind.__name__} cannot be built: {one_line(error)}"
-        empty = vars(config).keys() - vars(PreTrainedConfig()).keys()
-        empty = {e for e in empty if getattr(config, e) is None and not e.endswith("token_id")}
+        own = vars(config).keys() - vars(PreTrainedConfig()).keys()
+        empty = sorted(e for e in own if vars(config)[e] is None and not e.endswith("token_id"))
         if isinstance(error, TypeError) and empty:
-            words = ", ".join(sorted(empty))
+            words = ", ".join(empty)
             why = f"{kind.__name__} cannot be built without {words}: give them by model.entries"
         raise _refusal(config, why) from error
 
