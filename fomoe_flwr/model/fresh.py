@@ -8,11 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from fomoe_flwr.config import ModelSettings, SettingsError, did_you_mean
+from fomoe_flwr.config import FAMILYS_OWN, ModelSettings, SettingsError, did_you_mean
 from fomoe_flwr.errors import one_line
 from fomoe_flwr.model.architecture import ENTRIES_OF, OF_A_FILE, described_settings
 from fomoe_flwr.model.families import config_class, text_part
-from fomoe_flwr.model.source import FAMILYS_OWN
 
 
 def fresh_settings(model: ModelSettings, own: Iterable[str]) -> ModelSettings:

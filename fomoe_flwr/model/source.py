@@ -11,12 +11,10 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
-from fomoe_flwr.config import ModelSettings, Settings, SettingsError
+from fomoe_flwr.config import FAMILYS_OWN, ModelSettings, Settings, SettingsError
 
 _UPCYCLING = ("upcycle", "upcycle_granularity", "upcycle_noise")
 _NOT_DESCRIBED = {"pretrained", "config", "entries", "routing", "name", *_UPCYCLING}
-FAMILYS_OWN = ("norm_eps", "rope_theta", "max_positions")
-"""Fields of which 0 says nothing."""
 
 
 def settle(settings: Settings, given: set[str]) -> Settings:
