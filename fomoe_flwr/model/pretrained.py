@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from fomoe_flwr.config import ModelSettings, SettingsError
 from fomoe_flwr.model.architecture import ENTRIES_OF, described_settings, entries_of
-from fomoe_flwr.model.families import FAMILIES, config_class, transformers_config
+from fomoe_flwr.model.families import FAMILIES, config_class, text_part, transformers_config
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import Entry, State, StateSpec, state_of
 from fomoe_flwr.model.stored import Recipes, StoredTensors, config_words, made_config, refusal
@@ -86,7 +86,13 @@ def check_weights(model: ModelSettings) -> None:
     """Refuse a checkpoint with files missing or damaged, or without a tensor; reads names only."""
     folder = Path(model.pretrained).expanduser()
     with _opened(folder, model) as recipes:
-        recipes.check(key for key in state_of(recipes.model))
+        try:
+            recipes.check(key for key in state_of(recipes.model))
+        except SettingsError as error:
+            if "text_config" not in config_words(folder):
+                raise
+            what = "is of pictures and text, and its text part is not found"
+            raise refusal(folder, f"{what}: save that part alone ({error})") from error
 
 
 def pretrained_settings(model: ModelSettings) -> ModelSettings:
@@ -166,7 +172,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             f"is quantised with {quantised.get('quant_method')}: store it in bfloat16 first "
             "(fp8 with scales is read)",
         )
-    return made_config(folder, words)
+    return text_part(made_config(folder, words))
 
 
 def check_pretrained(folder: Path, model: ModelSettings) -> None:
