@@ -24,7 +24,8 @@ def fresh_settings(model: ModelSettings, own: Iterable[str]) -> ModelSettings:
     known = _known_entries(kind)
     given = _given(model, set(own), known)
     _refuse_contradictions(kind, given)
-    entries = {entry: value for entry, (_, value) in given.items()}
+    # A family's own token may lie outside of a smaller vocabulary, and training pads nothing.
+    entries = {"pad_token_id": None} | {entry: value for entry, (_, value) in given.items()}
     if "head_size" in own and not model.head_size and "head_dim" in known:
         shape: Any = _made(model.config, kind, entries)
         entries["head_dim"] = shape.hidden_size // shape.num_attention_heads

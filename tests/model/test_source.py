@@ -105,6 +105,10 @@ def test_a_field_that_is_given_arrives(field: str, value: Any, entry: str) -> No
         assert config.rope_parameters["rope_theta"] == value
 
 
+def test_a_vocabulary_may_be_smaller_than_the_familys_tokens() -> None:
+    assert load("model.config=flex_olmo", "model.vocab_size=300").model.vocab_size == 300
+
+
 def test_a_head_of_no_size_is_an_even_share() -> None:
     words = ("hidden_size=64", "num_heads=4", "num_kv_heads=4", "head_size=0", "num_layers=1")
     model = load("model.config=gpt_oss", *(f"model.{word}" for word in words)).model
