@@ -10,6 +10,7 @@ from fomoe_flwr.config.checks import (
     PATHS,
     SettingsError,
     check,
+    did_you_mean,
     fewest_residents,
 )
 from fomoe_flwr.config.compose import (
@@ -26,6 +27,7 @@ from fomoe_flwr.config.compose import (
 from fomoe_flwr.config.overrides import expand_files, parse_overrides, quoted, refuse_option
 from fomoe_flwr.config.schema import (
     BIASED_FAMILIES,
+    FAMILYS_OWN,
     SHAPED_FAMILIES,
     SHARED_EXPERT_FAMILIES,
     BalanceSettings,

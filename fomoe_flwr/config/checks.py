@@ -49,6 +49,7 @@ def check(settings: Settings) -> None:
                 raise SettingsError(f"{key}={value} is out of range: it must be {text}")
     _check_model(settings.model)
     _check_upcycling(settings.model)
+    _check_widths(settings)
     _check_experiment(settings)
     _check_partitioned(settings)
     _check_outer(settings)
@@ -133,6 +134,19 @@ def _check_model(model: ModelSettings) -> None:
             f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}"
         )
     _check_family(model)
+
+
+def _check_widths(settings: Settings) -> None:
+    """Refuse experts that products of groups do not take: their rows must be of 16 bytes each."""
+    model, precision = settings.model, settings.local.precision
+    step = 4 if precision == "float32" else 8
+    for name in ("hidden_size", "expert_size"):
+        if (value := getattr(model, name)) % step:
+            key = "model.upcycle_granularity" if model.upcycle else f"model.{name}"
+            raise SettingsError(
+                f"model.{name}={value} must be a multiple of {step} for local.precision={precision}"
+                f": change {key}"
+            )
 
 
 def _check_family(model: ModelSettings) -> None:

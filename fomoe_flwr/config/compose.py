@@ -253,7 +253,13 @@ def _composed(overrides: Sequence[Override]) -> Settings:
     finally:
         GlobalHydra.instance().clear()
     for override in filter(_is_entry, overrides):
-        OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+        try:
+            OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+        except OmegaConfBaseException as error:
+            raise SettingsError(
+                f"{override.input_line}: model.entries must be names with values, e.g. "
+                "model.entries={n_group:1}"
+            ) from error
     return _typed(composed, overrides)
 
 
