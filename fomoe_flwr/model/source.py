@@ -36,10 +36,6 @@ def settle(settings: Settings, given: set[str]) -> Settings:
         raise SettingsError(
             f"{' and '.join(given_by)} contradict each other: each says alone what the model is"
         )
-    for name in sorted(own & set(_UPCYCLING[1:])):
-        if not model.upcycle:
-            word = f"model.{name}={getattr(model, name)}"
-            raise SettingsError(f"{word} needs model.upcycle: leave it out")
     if model.entries and not model.config:
         raise SettingsError(f"model.entries={model.entries} needs model.config: leave it out")
     if not given_by:

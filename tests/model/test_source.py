@@ -225,7 +225,7 @@ def test_all_disagreements_are_told_at_once(tmp_path: Path) -> None:
             "model.config=olmoe model.num_experts=8 model.entries={num_local_experts:9}",
             "contradict",
         ),
-        ("model.config=olmoe model.upcycle_noise=0.5", "needs model.upcycle"),
+        ("model.config=olmoe model.upcycle_noise=0.5", "without model.upcycle"),
         ("model.config=dots1", "cannot be built without n_routed_experts, n_shared_experts, num_"),
         ("model.config=hunyuan_v1_moe", "cannot be built without head_dim"),
         ("model.config=lfm2_moe", "cannot be built without layer_types"),
