@@ -11,6 +11,10 @@ class InputError(ValueError):
     """Input that cannot be used: nothing was started (exit status 2)."""
 
 
+class SettingsError(InputError):
+    """A setting that cannot be used; the message names value, allowed range and key."""
+
+
 class RunError(RuntimeError):
     """A run that could not go on (exit status 1)."""
 

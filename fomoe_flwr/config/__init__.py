@@ -8,8 +8,8 @@ no Flower.
 from fomoe_flwr.config.checks import (
     LOCAL_STREAMS,
     PATHS,
-    SettingsError,
     check,
+    did_you_mean,
     fewest_residents,
 )
 from fomoe_flwr.config.compose import (
@@ -26,6 +26,7 @@ from fomoe_flwr.config.compose import (
 from fomoe_flwr.config.overrides import expand_files, parse_overrides, quoted, refuse_option
 from fomoe_flwr.config.schema import (
     BIASED_FAMILIES,
+    FAMILYS_OWN,
     SHAPED_FAMILIES,
     SHARED_EXPERT_FAMILIES,
     BalanceSettings,
@@ -44,3 +45,4 @@ from fomoe_flwr.config.schema import (
     Settings,
     WireSettings,
 )
+from fomoe_flwr.errors import SettingsError

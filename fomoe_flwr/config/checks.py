@@ -8,18 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from fomoe_flwr.config.outer_checks import check_outer, check_privacy
 from fomoe_flwr.config.schema import (
     SHAPED_FAMILIES,
     SHARED_EXPERT_FAMILIES,
     ModelSettings,
     Settings,
 )
-from fomoe_flwr.errors import InputError
-
-
-class SettingsError(InputError):
-    """A setting that cannot be used; the message names value, allowed range and key."""
-
+from fomoe_flwr.errors import SettingsError
 
 PATHS = (
     ("data", "path"),
@@ -29,9 +25,6 @@ PATHS = (
     ("layout", "path"),
 )
 """Settings, by section, that name a file or folder of this machine."""
-
-EXACT_ENOUGH = ("bfloat16", "float32")
-"""Codecs with the exponents of fp32, so that small numbers beside large ones are not lost."""
 
 LOCAL_STREAMS = ("parquet", "json", "text")
 """Values of `data.dataset` that stream the local files of `data.path`."""
@@ -49,13 +42,14 @@ def check(settings: Settings) -> None:
                 raise SettingsError(f"{key}={value} is out of range: it must be {text}")
     _check_model(settings.model)
     _check_upcycling(settings.model)
+    _check_widths(settings)
     _check_experiment(settings)
     _check_partitioned(settings)
-    _check_outer(settings)
+    check_outer(settings)
     _check_balance(settings)
     _check_execution(settings)
     _check_presence(settings)
-    _check_privacy(settings)
+    check_privacy(settings)
     _check_parallel(settings)
     if settings.data.path and settings.data.dataset not in ("", *LOCAL_STREAMS):
         raise SettingsError(
@@ -135,6 +129,19 @@ def _check_model(model: ModelSettings) -> None:
     _check_family(model)
 
 
+def _check_widths(settings: Settings) -> None:
+    """Refuse experts that products of groups do not take: their rows must be of 16 bytes each."""
+    model, precision = settings.model, settings.local.precision
+    step = 4 if precision == "float32" else 8
+    for name in ("hidden_size", "expert_size"):
+        if (value := getattr(model, name)) % step:
+            key = "model.upcycle_granularity" if model.upcycle else f"model.{name}"
+            raise SettingsError(
+                f"model.{name}={value} must be a multiple of {step} for local.precision={precision}"
+                f": change {key}"
+            )
+
+
 def _check_family(model: ModelSettings) -> None:
     """Refuse what a family cannot express."""
     family = model.family
@@ -192,122 +199,11 @@ def _check_partitioned(settings: Settings) -> None:
         )
 
 
-def _check_outer(settings: Settings) -> None:
-    outer, local = settings.outer, settings.local
-    if outer.robust != "none" and outer.weighting != "uniform":
-        raise SettingsError(
-            f"outer.robust={outer.robust} weighs all replies alike: outer.weighting="
-            f"{outer.weighting} must be uniform"
-        )
-    if 0 < outer.clip_to_median < 1:
-        raise SettingsError(
-            f"outer.clip_to_median={outer.clip_to_median} must be 0 or >= 1: "
-            "below 1 it would shrink the median reply itself"
-        )
-    if outer.name in ("local_adamw", "des_loc"):
-        if local.optimizer != "adamw":
-            raise SettingsError(
-                f"outer={outer.name} averages Adam's moments: local.optimizer={local.optimizer} "
-                "must be adamw"
-            )
-        if not local.keep_inner_state:
-            raise SettingsError(
-                f"outer={outer.name} averages Adam's moments: local.keep_inner_state must be true"
-            )
-        wire = settings.wire
-        for key in ("up", "up_experts", "down", "down_experts"):
-            if (name := getattr(wire, key)) not in ("", *EXACT_ENOUGH):
-                raise SettingsError(
-                    f"outer={outer.name} averages Adam's moments, which {name} rounds to 0: use "
-                    f"{' or '.join(EXACT_ENOUGH)} for wire.{key}"
-                )
-    if outer.momentum and outer.name != "nesterov":
-        raise SettingsError(
-            f"outer.momentum={outer.momentum} has no meaning for outer={outer.name}: use "
-            "outer=nesterov or outer.momentum=0"
-        )
-    if outer.fragments > settings.model.num_layers:
-        raise SettingsError(
-            f"outer.fragments={outer.fragments} must be <= model.num_layers="
-            f"{settings.model.num_layers}: a fragment is made of whole layers"
-        )
-    if outer.delay_steps >= settings.local.steps:
-        raise SettingsError(
-            f"outer.delay_steps={outer.delay_steps} must be < local.steps={settings.local.steps}: "
-            "an answer must be there before the next pseudo-gradient is taken"
-        )
-    if outer.delay_steps and not settings.local.keep_inner_state:
-        raise SettingsError(
-            f"outer.delay_steps={outer.delay_steps} needs local.keep_inner_state=true: the delayed "
-            "steps go on with the optimizer's state"
-        )
-    if outer.late_replies == "use":
-        _check_late(settings)
-    if outer.fragments > settings.rounds:
-        raise SettingsError(
-            f"outer.fragments={outer.fragments} must be <= rounds={settings.rounds}: otherwise "
-            "some fragment is never synchronised"
-        )
-
-
-def _check_late(settings: Settings) -> None:
-    """Refuse what a reply of an earlier round has no place in."""
-    outer = settings.outer
-    for key, value, allowed in (
-        ("outer.name", outer.name, ("average", "nesterov")),
-        ("outer.fragments", outer.fragments, (1,)),
-        ("outer.robust", outer.robust, ("none",)),
-        ("privacy.clip_norm", settings.privacy.clip_norm, (0,)),
-    ):
-        if value not in allowed:
-            raise SettingsError(
-                f"outer.late_replies=use needs {key} to be {' or '.join(map(str, allowed))} "
-                f"(got {value})"
-            )
-
-
 def _check_balance(settings: Settings) -> None:
     if settings.balance.bias_rate and not settings.model.has_selection_bias:
         raise SettingsError(
             f"balance.bias_rate={settings.balance.bias_rate} needs a router with a selection bias: "
             f"the router of model.family={settings.model.family} has none"
-        )
-
-
-def _check_privacy(settings: Settings) -> None:
-    """Refuse what would let an update out by another way than the noisy mean."""
-    privacy = settings.privacy
-    if privacy.noise_multiplier and not privacy.clip_norm:
-        raise SettingsError(
-            f"privacy.noise_multiplier={privacy.noise_multiplier} is in units of privacy.clip_norm="
-            f"{privacy.clip_norm}, which must be > 0"
-        )
-    if not privacy.clip_norm:
-        return
-    for key, value, allowed in (
-        ("outer.weighting", settings.outer.weighting, ("uniform",)),
-        ("outer.name", settings.outer.name, ("average", "nesterov")),
-        ("balance.form", settings.balance.form, ("local",)),
-    ):
-        if value not in allowed:
-            raise SettingsError(
-                f"privacy.clip_norm={privacy.clip_norm} needs {key} to be {' or '.join(allowed)} "
-                f"(got {value}): what it takes from workers is not clipped"
-            )
-    if settings.outer.robust != "none":
-        raise SettingsError(
-            f"outer.robust={settings.outer.robust} must be none with privacy.clip_norm="
-            f"{privacy.clip_norm}: the noise is made for a mean"
-        )
-    if settings.outer.clip_to_median:
-        raise SettingsError(
-            f"outer.clip_to_median={settings.outer.clip_to_median} must be 0 with "
-            f"privacy.clip_norm={privacy.clip_norm}: medians of unclipped replies would leak"
-        )
-    if settings.layout.kind == "balanced":
-        raise SettingsError(
-            f"privacy.clip_norm={privacy.clip_norm} needs another layout.kind than balanced: "
-            "measured loads are not clipped"
         )
 
 

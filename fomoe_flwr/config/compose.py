@@ -26,13 +26,13 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from fomoe_flwr.config.checks import SettingsError, check, did_you_mean
+from fomoe_flwr.config.checks import check, did_you_mean
 from fomoe_flwr.config.kinds import kind_of
 from fomoe_flwr.config.literals import literal
 from fomoe_flwr.config.overrides import check_paths, parse_values, refuse_reference
 from fomoe_flwr.config.paper_rows import ROWS
 from fomoe_flwr.config.schema import Settings
-from fomoe_flwr.errors import one_line
+from fomoe_flwr.errors import SettingsError, one_line
 
 RESUMABLE_KEYS = (
     "rounds",
@@ -253,7 +253,13 @@ def _composed(overrides: Sequence[Override]) -> Settings:
     finally:
         GlobalHydra.instance().clear()
     for override in filter(_is_entry, overrides):
-        OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+        try:
+            OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+        except OmegaConfBaseException as error:
+            raise SettingsError(
+                f"{override.input_line}: model.entries must be names with values, e.g. "
+                "model.entries={n_group:1}"
+            ) from error
     return _typed(composed, overrides)
 
 

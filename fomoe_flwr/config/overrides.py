@@ -13,10 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from fomoe_flwr.config.checks import SettingsError
 from fomoe_flwr.config.literals import literal
 from fomoe_flwr.config.schema import Settings
-from fomoe_flwr.errors import check_text, one_line
+from fomoe_flwr.errors import SettingsError, check_text, one_line
 
 _PATHS = ("resume", "output_dir", "data.path", "layout.path")
 

@@ -35,6 +35,10 @@ class RoutingMode(StrEnum):
     """Router rows travel with their experts, top-k over the residents only."""
 
 
+FAMILYS_OWN = ("norm_eps", "rope_theta", "max_positions")
+"""Fields of a model of which 0 says nothing: a family has its own."""
+
+
 @dataclass
 class ModelSettings:
     """Shape of the model, with the same names for every family."""

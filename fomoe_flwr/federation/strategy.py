@@ -112,13 +112,8 @@ class FoMoEStrategy(Strategy):
     def summary(self) -> None:
         """Log what this strategy is about to do."""
         layout, outer = self.settings.layout, self.settings.outer
-        log(
-            INFO,
-            "\t├──> workers: %s, overlap: %s (%s)",
-            layout.num_workers,
-            layout.overlap,
-            layout.kind,
-        )
+        shape = layout.num_workers, layout.overlap, layout.kind
+        log(INFO, "\t├──> workers: %s, overlap: %s (%s)", *shape)
         log(INFO, "\t├──> routing: %s", self.settings.model.routing)
         log(
             INFO, "\t└──> outer step: %s (lr=%s, momentum=%s)", outer.name, outer.lr, outer.momentum
@@ -136,9 +131,9 @@ class FoMoEStrategy(Strategy):
     ) -> Result:
         """Run the rounds. The weights given at construction are updated in place.
 
-        Flower's own loop holds all replies of a round in memory and sends one ArrayRecord to all
-        workers. This loop pulls replies one at a time and sends each worker its own slice. It does
-        not use `initial_arrays` and the config records.
+        Flower's own loop holds all replies in memory and sends all workers one ArrayRecord. This
+        one pulls replies one at a time and sends each worker its own slice. It does not use
+        `initial_arrays` and the config records.
         """
         del initial_arrays, train_config, evaluate_config, evaluate_fn
         result = Result()
@@ -146,6 +141,10 @@ class FoMoEStrategy(Strategy):
         self.summary()
         last = self.settings.rounds if num_rounds is None else num_rounds
         nodes = node_grid(grid)
+        if self.settings.federation.late_script and not nodes.works_when_asked:
+            raise FederationError(
+                "federation.late_script is for a run in one process: leave it out"
+            )
         self.seats.gather(nodes)
         self._begin()
         tasks: Iterable[Message] | None = None
@@ -187,11 +186,7 @@ class FoMoEStrategy(Strategy):
         return self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
 
     def _run_round(
-        self,
-        server_round: int,
-        grid: NodeGrid,
-        timeout: float | None,
-        tasks: Iterable[Message],
+        self, server_round: int, grid: NodeGrid, timeout: float | None, tasks: Iterable[Message]
     ) -> RoundRecord:
         patience = timeout or self.settings.federation.round_timeout_seconds
         started, record = time.monotonic(), self._round

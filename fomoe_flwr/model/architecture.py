@@ -6,8 +6,7 @@ it says goes into the settings, so nobody who has them needs the description.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fomoe_flwr.config import ModelSettings, SettingsError
 from fomoe_flwr.errors import one_line
-from fomoe_flwr.model.blocks import FamilyError, checked_blocks, num_experts, trial
+from fomoe_flwr.model.blocks import NO_EXPERTS, FamilyError, checked_blocks, num_experts, trial
 from fomoe_flwr.model.experts import form_of
-from fomoe_flwr.model.families import class_of, config_class
+from fomoe_flwr.model.families import class_of, transformers_config
+from fomoe_flwr.model.shape_trial import WITHOUT_WORK, check_shapes
 from fomoe_flwr.parameters.keys import has_layer, layer_of
 
 ENTRIES_OF: dict[str, tuple[str, ...]] = {
@@ -34,48 +34,34 @@ ENTRIES_OF: dict[str, tuple[str, ...]] = {
     "tie_embeddings": ("tie_word_embeddings",),
     "norm_topk": ("norm_topk_prob",),
     "init_std": ("initializer_range",),
-    "norm_eps": ("rms_norm_eps",),
+    "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
+    "max_positions": ("max_position_embeddings",),
+    "base_hidden_size": ("base_hidden_size",),
+    "base_num_layers": ("base_num_layers",),
 }
 """Our names of a shape and those of transformers' families, the first that a family knows."""
 
 
-_OF_A_FILE = {
+_SAID = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_heads"), int),
+    **dict.fromkeys(("num_shared_experts", "max_positions"), int),
+    **dict.fromkeys(("base_hidden_size", "base_num_layers"), int),
+    **dict.fromkeys(("tie_embeddings", "norm_topk"), bool),
+    **dict.fromkeys(("init_std", "norm_eps", "rope_theta"), float),
+}
+"""Fields that a configuration alone says, if it does, and their types."""
+
+_SPARSE_LAYERS = (
+    *("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "enable_moe_block"),
+    *("mlp_only_layers", "decoder_sparse_step", "mlp_layer_types", "layers_block_type"),
+)
+"""Entries that say which layers have experts."""
+
+OF_A_FILE = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
     *("_name_or_path", "_experts_implementation", "_attn_implementation", "output_router_logits"),
 }
 """Entries that speak of a file or a machine, not of the model."""
-
-
-def fresh_settings(model: ModelSettings, own: Iterable[str]) -> ModelSettings:
-    """Return the settings of a new model of the family `model.config`.
-
-    `own` are the fields of `model` that count; the rest is the family's default.
-    """
-    kind = config_class(model.config)
-    known, entries, spoken = _known_entries(kind), dict[str, Any](), dict[str, str]()
-    for name in sorted(set(own) & ENTRIES_OF.keys()):
-        entry = next((e for e in ENTRIES_OF[name] if e in known), ENTRIES_OF[name][0])
-        entries[entry], spoken[entry] = getattr(model, name), f"model.{name}"
-    for entry, value in model.entries.items():
-        entries[entry], spoken[entry] = value, f"model.entries.{entry}"
-    described = described_settings(_made(model.config, kind, entries))
-    # Some classes read entries that they do not list: then the model is another one with them.
-    for entry in sorted(entries.keys() - known):
-        others = {name: value for name, value in entries.items() if name != entry}
-        without = described_settings(_made(model.config, kind, others))
-        if without.architecture["groups"] == described.architecture["groups"]:
-            raise SettingsError(
-                f"{spoken[entry]}={entries[entry]} has no meaning for model.config={model.config}; "
-                "entries of its own go into model.entries"
-            )
-    return described
-
-
-def _made(family: str, kind: type[PreTrainedConfig], entries: dict[str, Any]) -> PreTrainedConfig:
-    try:
-        return kind(**entries)
-    except Exception as error:  # each family refuses in its own way
-        raise SettingsError(f"model.config={family} cannot be made: {one_line(error)}") from error
 
 
 def described_settings(config: PreTrainedConfig) -> ModelSettings:
@@ -87,7 +73,8 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
     try:
         blocks = checked_blocks(model)
     except FamilyError as error:
-        raise _refusal(config, str(error)) from error
+        why = str(error) if str(error) != NO_EXPERTS else _why_none(config)
+        raise _refusal(config, why) from error
     first = blocks[0]
     form, down = form_of(first.experts), first.experts.down_proj
     asked = trial(blocks[-1].router, config.hidden_size)
@@ -105,13 +92,8 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
         "num_experts": num_experts(first.experts),
         "expert_size": down.shape[1 if form.is_transposed else 2],
         "top_k": top_k,
-        "num_shared_experts": 0,
-        "pretrained": "",
+        **said(config),
     }
-    for name in ("vocab_size", "hidden_size", "num_heads", "tie_embeddings", "init_std"):
-        value = _entry(config, name)
-        if value is not None:
-            shape[name] = value
     heads = shape.get("num_heads", 1)
     shape["num_kv_heads"] = kv_heads = _entry(config, "num_kv_heads") or heads
     if heads % kv_heads:
@@ -120,6 +102,10 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
             f"model.num_kv_heads={kv_heads} ({entry}) must divide model.num_heads={heads}: set both"
         )
     shape["head_size"] = _entry(config, "head_size") or 0
+    try:
+        check_shapes(model)
+    except FamilyError as error:
+        raise _refusal(config, str(error)) from error
     architecture = {
         "config": entries_of(config),
         "groups": _groups(model),
@@ -129,13 +115,53 @@ def described_settings(config: PreTrainedConfig) -> ModelSettings:
     return ModelSettings(**shape, architecture=architecture)
 
 
+def _why_none(config: PreTrainedConfig) -> str:
+    """Say why a model may have no experts: what its class is, or what its entries are."""
+    found = {entry: _read(config, entry) for entry in _SPARSE_LAYERS}
+    words = [f"{entry}={value}" for entry, value in found.items() if value is not None]
+    if words:
+        return f"no layer of it is sparse ({', '.join(words)})"
+    if _entry(config, "num_experts") is None:
+        return f"{NO_EXPERTS}; model.upcycle makes a MoE of a dense Llama, Mistral or Qwen3"
+    return NO_EXPERTS
+
+
+def said(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields that a configuration says, by the names of its entries alone."""
+    found: dict[str, Any] = {}
+    for name, kind in _SAID.items():
+        value = _rope_theta(config) if name == "rope_theta" else _entry(config, name)
+        if isinstance(value, int | float) and isinstance(value, bool) == (kind is bool):
+            found[name] = kind(value)
+    return found
+
+
+def unsaid(model: ModelSettings) -> set[str]:
+    """Return the fields of which a model's configuration says nothing."""
+    return _SAID.keys() - said(transformers_config(model, 0))
+
+
+def _rope_theta(config: PreTrainedConfig) -> Any:
+    parameters = _read(config, "rope_parameters")
+    if isinstance(parameters, Mapping):
+        # Some have angles of each kind of layer: then there is no base for all.
+        return parameters.get("rope_theta")
+    return _read(config, "rope_theta")
+
+
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     kind = class_of(config)
     try:
         with torch.device("meta"):
-            return kind._from_config(config)
+            return kind._from_config(config, experts_implementation=WITHOUT_WORK)
     except Exception as error:  # each family refuses in its own way
-        raise _refusal(config, f"{kind.__name__} cannot be built: {one_line(error)}") from error
+        why = f"{kind.__name__} cannot be built: {one_line(error)}"
+        own = vars(config).keys() - vars(PreTrainedConfig()).keys()
+        empty = sorted(e for e in own if vars(config)[e] is None and not e.endswith("token_id"))
+        if isinstance(error, TypeError) and empty:
+            words = ", ".join(empty)
+            why = f"{kind.__name__} cannot be built without {words}: give them by model.entries"
+        raise _refusal(config, why) from error
 
 
 def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -181,17 +207,10 @@ def _read(config: PreTrainedConfig, entry: str) -> Any:
         return None
 
 
-def _known_entries(kind: type[PreTrainedConfig]) -> set[str]:
-    """Return the entries that a configuration class takes, its aliases included."""
-    names = {name for name in vars(kind()) if not name.startswith("_")}
-    taken = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}
-    return names | taken | set(kind.attribute_map)
-
-
 def entries_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the entries that say what the model computes."""
     entries = config.to_dict() | {"model_type": config.model_type}
-    return {key: _plain(each) for key, each in entries.items() if key not in _OF_A_FILE}
+    return {key: _plain(each) for key, each in entries.items() if key not in OF_A_FILE}
 
 
 def _plain(value: Any) -> Any:

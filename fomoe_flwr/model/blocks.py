@@ -19,6 +19,10 @@ from fomoe_flwr.errors import InputError
 from fomoe_flwr.model.experts import form_of, is_experts
 from fomoe_flwr.parameters.keys import has_layer, layer_of
 
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
+"""What families call the bias that a router adds to the scores when it chooses."""
+
+NO_EXPERTS = "it has no experts with the interface of transformers"
 _TRIAL_TOKENS = 16
 _SCORES: dict[tuple[type, int, str], str] = {}
 
@@ -56,7 +60,7 @@ class MoeBlock:
             value
             for module in (self.router, self.owner)
             for name, value in (*module.named_parameters(), *module.named_buffers())
-            if name.rpartition(".")[2] in ("e_score_correction_bias", "expert_bias")
+            if name.rpartition(".")[2] in BIAS_NAMES
         ]
         return found[0] if found else None
 
@@ -86,7 +90,7 @@ def checked_blocks(model: nn.Module) -> list[MoeBlock]:
     """Return the blocks of a model whose ghosts can be skipped; else raise FamilyError, and why."""
     blocks = list(moe_blocks(model))
     if not blocks:
-        raise FamilyError("it has no experts with the interface of transformers")
+        raise FamilyError(NO_EXPERTS)
     layers = [block.layer for block in blocks]
     if len(set(layers)) != len(layers):
         raise FamilyError("a layer has two sets of experts")
@@ -113,23 +117,27 @@ def score_function(router: nn.Module, hidden_size: int) -> str:
 
 
 def _score_function(router: nn.Module, hidden_size: int) -> str:
-    asked = trial(router, hidden_size)
+    asked = trial(_choosing_two(router), hidden_size)
     if asked is None:
         return "other"
     logits_TE, weight_TK, chosen_TK = asked
-    if weight_TK.shape != chosen_TK.shape:
+    if weight_TK.shape != chosen_TK.shape or chosen_TK.shape[1] == 1:
         return "other"
     logits_TK = logits_TE.gather(1, chosen_TK)
     for name, score in (("softmax", logits_TK), ("sigmoid", F.logsigmoid(logits_TK))):
         apart_TK = weight_TK.log() - score
-        if apart_TK.shape[1] == 1:
-            exact = {"softmax": logits_TE.softmax(1), "sigmoid": logits_TE.sigmoid()}[name]
-            apart_TK = weight_TK - exact.gather(1, chosen_TK)
-            if apart_TK.abs().max() < 1e-4:
-                return name
-        elif (apart_TK - apart_TK.mean(1, keepdim=True)).abs().max() < 1e-3:
+        if (apart_TK - apart_TK.mean(1, keepdim=True)).abs().max() < 1e-3:
             return name
     return "other"
+
+
+def _choosing_two(router: Any) -> Any:
+    """Return a router that chooses two experts at least: one weight alone may always be 1."""
+    if getattr(router, "top_k", None) != 1:
+        return router
+    copied = copy.deepcopy(router)
+    copied.top_k = 2
+    return copied
 
 
 def trial(router: nn.Module, hidden_size: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -172,8 +180,9 @@ def _router(owner: nn.Module, experts: str) -> str:
         for name, child in owner.named_children()
         if name != experts and any(value.dim() and len(value) == count for value in _tensors(child))
     ]
-    named = [name for name in found if "router" in type(owner.get_submodule(name)).__name__.lower()]
-    for candidates in (named, found):
+    kinds = {name: type(owner.get_submodule(name)).__name__.lower() for name in found}
+    for word in ("router", "gate", ""):
+        candidates = [name for name, kind in kinds.items() if word in kind]
         if len(candidates) == 1:
             return candidates[0]
     raise FamilyError(

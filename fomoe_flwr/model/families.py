@@ -6,7 +6,9 @@ model, so a checkpoint we export is an ordinary one. `fomoe`, the paper's block,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import (
@@ -14,9 +16,10 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedConfig,
     PreTrainedModel,
+    logging,
 )
 
-from fomoe_flwr.config import ModelSettings, SettingsError
+from fomoe_flwr.config import ModelSettings, SettingsError, did_you_mean
 from fomoe_flwr.model.fomoe import FomoeConfig, FomoeForCausalLM
 from fomoe_flwr.parameters.shapes import head_size, latent_sizes
 
@@ -102,15 +105,35 @@ FAMILIES: dict[str, Callable[[ModelSettings], dict[str, Any]]] = {
 differently. All others come with a whole configuration (`model.config`, `model.pretrained`)."""
 
 
-def config_class(family: str) -> type[PreTrainedConfig]:
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what transformers says to itself from a person who gets one line from us."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def config_class(family: str, setting: str = "model.family") -> type[PreTrainedConfig]:
     """Return the configuration class of a family. Raises SettingsError for one that is unknown."""
     if family == FomoeConfig.model_type:
         return FomoeConfig
     if family not in CONFIG_MAPPING:
         raise SettingsError(
-            f"model.family={family} is not a model type that the installed transformers knows"
+            f"{setting}={family} is not a model type that the installed transformers knows"
+            f"{did_you_mean(family, CONFIG_MAPPING)}"
         )
     found: type[PreTrainedConfig] = CONFIG_MAPPING[family]
+    return found
+
+
+def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return what a model of pictures and text says of its text; any other is its own part."""
+    found: PreTrainedConfig = config.get_text_config()
     return found
 
 
@@ -120,7 +143,8 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
         return FomoeForCausalLM
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SettingsError(
-            f"model.family={config.model_type} has no causal language model in transformers"
+            f"the family {config.model_type} has no causal language model in transformers: choose "
+            "another by model.config or model.pretrained"
         )
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     made: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found

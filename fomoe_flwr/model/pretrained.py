@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from fomoe_flwr.config import ModelSettings, SettingsError
 from fomoe_flwr.model.architecture import ENTRIES_OF, described_settings, entries_of
-from fomoe_flwr.model.families import FAMILIES, config_class, transformers_config
+from fomoe_flwr.model.families import FAMILIES, config_class, text_part, transformers_config
 from fomoe_flwr.model.recipes import Recipes
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.state import State, StateSpec
@@ -87,7 +87,13 @@ def check_weights(model: ModelSettings) -> None:
     """Refuse a checkpoint whose files or tensors are not this model's; reads headers only."""
     folder = Path(model.pretrained).expanduser()
     with _opened(folder, model, headers_only=True) as recipes:
-        recipes.check()
+        try:
+            recipes.check()
+        except SettingsError as error:
+            if "text_config" not in config_words(folder):
+                raise
+            what = "is of pictures and text, and its text part is not found"
+            raise refusal(folder, f"{what}: save that part alone ({error})") from error
 
 
 def pretrained_settings(model: ModelSettings) -> ModelSettings:
@@ -181,7 +187,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             f"is quantised with {method}: store it in bfloat16 first (fp8 with scales is read)",
         )
     _block(folder, quantised)
-    return made_config(folder, words)
+    return text_part(made_config(folder, words))
 
 
 def check_pretrained(folder: Path, model: ModelSettings) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fomoe_flwr.config import ModelSettings, RoutingMode
 from fomoe_flwr.model.blocks import (
@@ -104,7 +105,16 @@ def _known(built: PreTrainedModel, model: ModelSettings) -> list[MoeBlock]:
         raise FamilyError(f"model.family={model.family} cannot be trained: {error}") from error
     for block in blocks:
         block.router.score_function = score_function(block.router, built.config.hidden_size)
+        for module in (block.router, block.owner):
+            # Some blocks are the layer itself, which asks it whether to keep activations.
+            if not isinstance(module, GradientCheckpointingLayer):
+                module.register_forward_pre_hook(_draw_nothing)
     return blocks
+
+
+def _draw_nothing(module: nn.Module, _: object) -> None:
+    """Let a block route as when it does not train: noise would make runs differ by chance."""
+    module.training = False
 
 
 def _cut(

@@ -11,6 +11,7 @@ ascending expert id.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fomoe_flwr.codecs.floats import Empty
 from fomoe_flwr.config import ModelSettings
 from fomoe_flwr.errors import InputError
+from fomoe_flwr.model.blocks import BIAS_NAMES
 from fomoe_flwr.model.device_copy import copy, host_empty
 from fomoe_flwr.model.residency import Residents, build_model
 from fomoe_flwr.model.shards import fill
@@ -227,11 +229,18 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
     return state | {name: b for name, b in model.named_buffers() if name in persistent}
 
 
-def cast_parameters(model: nn.Module, precision: str) -> None:
-    """Hold parameters in bfloat16 if `local.precision` says so; buffers stay as they are."""
-    if precision == "bfloat16_parameters":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+def cast_parameters(model: PreTrainedModel, precision: str) -> None:
+    """Hold a model in bfloat16 if `local.precision` says so, but for what must stay in fp32.
+
+    That is what its class names, and what routers add when they choose.
+    """
+    if precision != "bfloat16_parameters":
+        return
+    strict = sorted(model._keep_in_fp32_modules_strict or ())
+    kept = re.compile(rf"(^|\.)({'|'.join((*strict, *BIAS_NAMES))})(\.|$)")
+    for key, value in _named(model).items():
+        if value.is_floating_point() and not kept.search(key):
+            value.data = value.data.to(torch.bfloat16)
 
 
 def load_state(model: nn.Module, state: State) -> None:

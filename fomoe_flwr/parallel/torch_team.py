@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fomoe_flwr.config import LocalSettings
+from fomoe_flwr.errors import InputError
 from fomoe_flwr.parallel.batch_split import BatchSplit
 from fomoe_flwr.parallel.team import Team, to_device
 
@@ -45,6 +46,11 @@ class TorchTeam(Team):
         """Cut the parameters of a model on the meta device: no process ever allocates them all."""
         if self.name != "fsdp":
             return
+        if len({parameter.dtype for parameter in model.parameters()}) > 1:
+            raise InputError(
+                "local.parallel=fsdp must be ddp or none with local.precision=bfloat16_parameters: "
+                f"{type(model).__name__} keeps some weights in fp32"
+            )
         # Of a layer without residents there is nothing to cut.
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for layer in model.base_model.layers:  # type: ignore[union-attr]

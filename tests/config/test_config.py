@@ -301,3 +301,29 @@ def test_a_stored_switch_is_read_as_a_word() -> None:
     fields = load_settings(["preset=tiny"]).to_dict()
     fields["execution"]["cuda_graph"] = False
     assert settings_from_dict(fields).execution.cuda_graph == "off"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "precision", "step"),
+    [
+        ("expert_size", 5, "float32", 4),
+        ("expert_size", 6, "float32", 4),
+        ("expert_size", 12, "bfloat16", 8),
+        ("expert_size", 12, "bfloat16_parameters", 8),
+        ("hidden_size", 36, "bfloat16", 8),
+    ],
+)
+def test_rows_that_products_of_groups_do_not_take_are_refused(
+    field: str, value: int, precision: str, step: int
+) -> None:
+    heads = (
+        "model.num_heads=2",
+        "model.num_kv_heads=2",
+        "model.head_size=16",
+        "model=mixtral-tiny",
+    )
+    said = refusal("preset=tiny", *heads, f"model.{field}={value}", f"local.precision={precision}")
+    assert said == (
+        f"model.{field}={value} must be a multiple of {step} for local.precision={precision}: "
+        f"change model.{field}"
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,99 @@ def test_a_checkpoint_says_all_and_a_preset_gives_way(tmp_path: Path) -> None:
     assert num_sparse_layers(model) == 3
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "entry"),
+    [
+        ("rope_theta", 5.0, ""),
+        ("max_positions", 77, "max_position_embeddings"),
+        ("norm_eps", 1e-3, "rms_norm_eps"),
+        ("norm_topk", True, "norm_topk_prob"),
+        ("init_std", 0.01, "initializer_range"),
+    ],
+)
+def test_a_field_that_is_given_arrives(field: str, value: Any, entry: str) -> None:
+    model = load("model.config=olmoe", f"model.{field}={value}").model
+    assert getattr(model, field) == value
+    config = transformers_config(model, 8)
+    if entry:
+        assert getattr(config, entry) == value
+    if field == "rope_theta":
+        assert config.rope_parameters["rope_theta"] == value
+
+
+def test_a_vocabulary_may_be_smaller_than_the_familys_tokens() -> None:
+    assert load("model.config=flex_olmo", "model.vocab_size=300").model.vocab_size == 300
+
+
+def test_a_head_of_no_size_is_an_even_share() -> None:
+    words = ("hidden_size=64", "num_heads=4", "num_kv_heads=4", "head_size=0", "num_layers=1")
+    model = load("model.config=gpt_oss", *(f"model.{word}" for word in words)).model
+    assert model.head_size == transformers_config(model, 8).head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("family", "text"), [("qwen3_5_moe", "qwen3_5_moe_text"), ("gemma4", "gemma4_text")]
+)
+def test_of_pictures_and_text_the_text_is_taken(family: str, text: str) -> None:
+    words = ["model.num_layers=4"]
+    if family == "gemma4":
+        moe = "enable_moe_block:true,top_k_experts:2,num_experts:8,moe_intermediate_size:16"
+        words.append(f"model.entries={{{moe}}}")
+    assert load(f"model.config={family}", *words).model.family == text
+
+
+AGREE = ("norm_topk=true", "rope_theta=10000", "max_positions=64", "num_shared_experts=1")
+OTHER = ("norm_topk=false", "rope_theta=5", "max_positions=65", "num_shared_experts=2")
+
+
+@pytest.mark.parametrize("word", [*AGREE, "norm_eps=1e-6", "norm_eps=0", "rope_theta=0"])
+def test_what_agrees_with_a_description_may_be_given(word: str, tmp_path: Path) -> None:
+    folder = folder_of("deepseek_v3", tmp_path, routed_scaling_factor=3.0, n_shared_experts=1)
+    model = load(f"model.pretrained={folder}", f"model.{word}").model
+    assert model.architecture
+    assert (model.norm_topk, model.rope_theta, model.max_positions) == (True, 1e4, 64)
+
+
+def test_what_disagrees_with_a_description_is_refused_at_once(tmp_path: Path) -> None:
+    folder = folder_of("deepseek_v3", tmp_path, routed_scaling_factor=3.0, n_shared_experts=1)
+    with pytest.raises(SettingsError) as caught:
+        load(f"model.pretrained={folder}", *(f"model.{w}" for w in (*OTHER, "base_num_layers=9")))
+    for word in ("base_num_layers=9 (it says nothing of it)", "norm_topk=False (it has True)"):
+        assert f"model.{word}" in str(caught.value)
+    for word in ("rope_theta=5.0 (it has 10000.0)", "max_positions=65 (it has 64)"):
+        assert f"model.{word}" in str(caught.value)
+    assert "model.num_shared_experts=2 (it has 1)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("num_heads=3",),
+        ("num_kv_heads=3",),
+        ("hidden_size=33",),
+        ("hidden_size=36", "num_heads=8", "num_kv_heads=8"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(words: tuple[str, ...]) -> None:
+    small = ("hidden_size=32", "num_heads=4", "num_kv_heads=4", "num_layers=1", "num_experts=4")
+    with pytest.raises(SettingsError, match=r"do not fit each other|must divide") as caught:
+        load("model.config=olmoe", *(f"model.{word}" for word in (*small, *words)))
+    assert "\n" not in str(caught.value)
+
+
+def test_transformers_says_nothing_beside_a_refusal() -> None:
+    script = (
+        "from fomoe_flwr.config import load_settings; from fomoe_flwr.model.source import settle\n"
+        "load_settings(['preset=tiny', 'model.config=bert'], settle)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == ""
+    assert "BertLMHeadModel" not in done.stderr
+    assert "has no experts" in done.stderr.splitlines()[-1]
+
+
 def test_what_the_fields_can_name_needs_no_description(tmp_path: Path) -> None:
     folder = folder_of("qwen3_moe", tmp_path, sliding_window=None)
     model = load(f"model.pretrained={folder}").model
@@ -114,7 +209,31 @@ def test_all_disagreements_are_told_at_once(tmp_path: Path) -> None:
             "model.config=mixtral model.entries={colour:1}",
             "model.entries.colour=1 has no meaning",
         ),
-        ("model.entries={n_group:1}", "model.entries needs model.config"),
+        ("model.config=mixtral model.base_hidden_size=77", "model.base_hidden_size=77 has no"),
+        ("model.config=olmoe model.entries={num_expert:1}", "did you mean num_experts?"),
+        ("model.config=olmoes", "model.config=olmoes is not a model type"),
+        ("model.config=olmoe model.entries=5", "model.entries must be names with values"),
+        ("model.config=olmoe model.entries=[1]", "model.entries must be names with values"),
+        ("model.config=olmoe model.entries={1:2}", "model.entries must be names with values"),
+        ("model.config=olmoe model.entries={model_type:mixtral}", "has no meaning"),
+        ("model.config=olmoe model.entries={attention_dropout:0.5}", "must be 0: training draws"),
+        ("model.config=olmoe model.entries={clip_qkv:nan}", "must be a number"),
+        ("model.config=olmoe model.family=mixtral", "model.family=mixtral (it has olmoe)"),
+        ("model.config=phimoe model.top_k=3 model.family=olmoe", "model.top_k=3 (it has 2)"),
+        ("model.config=olmoe model.num_experts=8 model.entries={num_experts:16}", "contradict"),
+        (
+            "model.config=olmoe model.num_experts=8 model.entries={num_local_experts:9}",
+            "contradict",
+        ),
+        ("model.config=olmoe model.upcycle_noise=0.5", "without model.upcycle"),
+        ("model.config=dots1", "cannot be built without n_routed_experts, n_shared_experts, num_"),
+        ("model.config=hunyuan_v1_moe", "cannot be built without head_dim"),
+        ("model.config=lfm2_moe", "cannot be built without layer_types"),
+        ("model.config=deepseek_v3 model.num_layers=2", "is sparse (first_k_dense_replace=3"),
+        ("model.config=gemma4_text", "no layer of it is sparse (enable_moe_block=False)"),
+        ("model.config=llama", "model.upcycle makes a MoE of a dense"),
+        ("model.config=qwen3_vl_moe", "has no causal language model in transformers"),
+        ("model.entries={n_group:1}", "needs model.config"),
         ("model.config=mixtral model.hidden_size=31", "MixtralForCausalLM cannot be built"),
         ("model.family=gpt_oss", "any other family of transformers comes by model.config=gpt_oss"),
         ("model.config=olmoe model.pretrained=/tmp", "contradict each other"),
