@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fomoe_flwr.config.fields import choice, number
 
@@ -13,6 +13,11 @@ class LocalSettings:
 
     steps: int = number(32, at_least=1)
     """Optimizer steps between two synchronisations (the paper's K)."""
+    round_seconds: float = number(0, at_least=0)
+    """Seconds of steps that a round gives every worker, at its own speed: unequal sites wait less
+    for each other. A worker that was not measured yet takes `steps`; 0: all always do."""
+    speeds: list[float] = field(default_factory=list)
+    """Steps per second of every worker; empty: as measured in its last reply."""
     optimizer: str = choice("adamw", "adamw", "sgd")
     lr: float = number(4e-3, above=0)
     """Highest learning rate."""

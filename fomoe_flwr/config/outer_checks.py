@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fomoe_flwr.config.schema import Settings
 from fomoe_flwr.errors import SettingsError
 
@@ -61,6 +63,7 @@ def check_outer(settings: Settings) -> None:
         )
     if outer.late_replies == "use":
         _check_late(settings)
+    _check_pace(settings)
     for words in (script := settings.federation.late_script):
         workers = settings.layout.num_workers
         is_row = isinstance(words, list) and [type(word) for word in words] == [int] * 3
@@ -73,6 +76,24 @@ def check_outer(settings: Settings) -> None:
         raise SettingsError(
             f"outer.fragments={outer.fragments} must be <= rounds={settings.rounds}: otherwise "
             "some fragment is never synchronised"
+        )
+
+
+def _check_pace(settings: Settings) -> None:
+    local, workers = settings.local, settings.layout.num_workers
+    if local.round_seconds and settings.outer.delay_steps:
+        raise SettingsError(
+            f"local.round_seconds={local.round_seconds} needs outer.delay_steps=0 (got "
+            f"{settings.outer.delay_steps}): a delay counts steps, of which all take as many"
+        )
+    if not local.speeds:
+        return
+    if not local.round_seconds:
+        raise SettingsError(f"local.speeds={local.speeds} needs local.round_seconds > 0")
+    known = [isinstance(s, int | float) and 0 < s < math.inf for s in local.speeds]
+    if len(known) != workers or not all(known):
+        raise SettingsError(
+            f"local.speeds={local.speeds} must be layout.num_workers={workers} numbers > 0"
         )
 
 

@@ -110,6 +110,7 @@ def answer_task(content: RecordDict, context: Context) -> RecordDict:
         pooled_share=None if header.pooled_share is None else torch.tensor(header.pooled_share),
         probe=torch.tensor(header.probe) if header.probe else None,
         continues=header.continues,
+        steps=header.steps,
     )
     count = num_node_processes(task)
     if count > 1:

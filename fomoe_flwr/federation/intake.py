@@ -13,9 +13,10 @@ from flwr.common.logger import log
 from fomoe_flwr.aggregation.round_means import Reply, RoundMeans
 from fomoe_flwr.errors import one_line
 from fomoe_flwr.federation.beside import Beside
+from fomoe_flwr.federation.out_task import OutTask
 from fomoe_flwr.federation.replies import ReplyReader
 from fomoe_flwr.federation.round_record import RoundRecord
-from fomoe_flwr.federation.waiting import OutTask, Waiting
+from fomoe_flwr.federation.waiting import Waiting
 from fomoe_flwr.federation.wire import WireError
 from fomoe_flwr.model.homes import MEMORY
 from fomoe_flwr.worker.heap import release_heap
@@ -41,13 +42,13 @@ class Intake:
             if late := self._waiting.late_tasks.pop(message_id, None):
                 self._take_late(message, late)
                 continue
-            worker = self._waiting.sent.get(message_id, -1)
-            if worker in record.replies or worker < 0:
+            task = self._waiting.sent.get(message_id)
+            if task is None or task.worker in record.replies:
                 continue
             taken = [message]
             del message
             at = time.monotonic()
-            beside.do(partial(self._take, taken, worker))
+            beside.do(partial(self._take, taken, task))
             record.fold_seconds += time.monotonic() - at
         self._wait(beside)
         for worker in range(record.layout.num_workers):
@@ -62,32 +63,30 @@ class Intake:
         beside.wait()
         self._record.fold_seconds += time.monotonic() - at
 
-    def _take(self, taken: list[Message], worker: int) -> None:
+    def _take(self, taken: list[Message], task: OutTask) -> None:
         """Fold the one reply of a list, and drop it."""
         try:
-            self._fold(taken.pop(), worker)
+            self._fold(taken.pop(), task)
         except WireError as error:
-            self._record.failures[worker] = one_line(error)
+            self._record.failures[task.worker] = one_line(error)
         if self._means.home is not MEMORY:
             release_heap()  # Flower's threads leave the chunks of a reply in heaps of theirs.
 
-    def _fold(self, message: Message, worker: int) -> None:
+    def _fold(self, message: Message, task: OutTask) -> None:
         """Check a whole reply, then fold it. Raises WireError before anything is changed."""
         record = self._record
         if message.has_content():
             record.up.add(message.content)
-        reply = self._reader.read(message, worker, record.server_round, record.layout, self._means)
-        self._add(reply, worker)
-        record.take(worker, reply)
+        reply = self._reader.read(message, task, self._means)
+        self._add(reply, task.worker)
+        record.take(task.worker, reply)
 
     def _take_late(self, message: Message, task: OutTask) -> None:
         """Fold a reply to a task of an earlier round, which is checked against that round."""
         record = self._record
         try:
             record.up.add(message.content)
-            reply = self._reader.read(
-                message, task.worker, task.server_round, task.layout, self._means
-            )
+            reply = self._reader.read(message, task, self._means)
         except WireError as error:
             why = one_line(error)
             log(

@@ -10,6 +10,7 @@ from flwr.common.logger import log
 
 from fomoe_flwr.config import Settings
 from fomoe_flwr.costs import expert_room
+from fomoe_flwr.federation.pace import steps_between
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.round_state import RoundState
 from fomoe_flwr.layout import Layout, Rehomed, check_layout, draw_layout, settle
@@ -80,7 +81,12 @@ class Layouts:
             absent=absent,
             moved_experts=0 if before is None else layout.moved_from(before),
             rehomed=rehomed,
+            steps={worker: self._steps(server_round, worker) for worker in played},
         )
+
+    def _steps(self, server_round: int, worker: int) -> int:
+        own = self.state.steps_at(self.settings, worker)
+        return own or steps_between(self.settings, server_round)
 
     def _settle(self, server_round: int, present: Collection[int]) -> Rehomed:
         """Draw for all workers, then give the experts of absent workers to present ones."""

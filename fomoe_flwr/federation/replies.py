@@ -11,12 +11,11 @@ from torch import Tensor
 from fomoe_flwr.aggregation.round_means import Reply, RoundMeans
 from fomoe_flwr.config import Settings
 from fomoe_flwr.federation import wire
+from fomoe_flwr.federation.out_task import OutTask
 from fomoe_flwr.federation.routing_fields import choices_in, counts_in
 from fomoe_flwr.federation.wire import WireError
-from fomoe_flwr.layout import Layout
 from fomoe_flwr.model.homes import MEMORY, Home
 from fomoe_flwr.model.state import StateSpec
-from fomoe_flwr.parameters.fragments import snapshot_step
 
 REPORTED = ("loss", "tokens", "seconds", "ghost_fraction", "all_ghost_fraction", "grad_norm", "lr")
 """Metrics that a reply must carry. Others are optional, such as `balance_loss`."""
@@ -36,26 +35,22 @@ class ReplyReader:
         self.spec = spec
         self.probe = probe
 
-    def read(
-        self, message: Message, worker: int, server_round: int, layout: Layout, means: RoundMeans
-    ) -> Reply:
-        """Read a worker's reply and check it against its round. Raises WireError."""
+    def read(self, message: Message, task: OutTask, means: RoundMeans) -> Reply:
+        """Read a reply and check it against its task. Raises WireError."""
         if message.has_error():
             raise wire.error_in(message)
         content = message.content
         answered = wire.json_in(content, wire.TASK)
         expected = {
-            "server_round": server_round,
-            "worker": worker,
-            "layout_digest": layout.digest(),
+            "server_round": task.server_round,
+            "worker": task.worker,
+            "layout_digest": task.layout.digest(),
         }
         for key, value in expected.items():
             if answered.get(key) != value:
                 raise WireError(f"answers {key}={answered.get(key)}, this round is {key}={value}")
         metrics = wire.metrics_in(content, REPORTED)
-        steps = snapshot_step(self.settings, server_round)
-        steps -= snapshot_step(self.settings, server_round - 1)
-        most = steps * self.settings.tokens_per_worker_step
+        most = task.steps * self.settings.tokens_per_worker_step
         if not 0 < metrics["tokens"] <= most:
             raise WireError(
                 f"metric tokens={metrics['tokens']:g} must be > 0 and <= {most}, "
@@ -77,7 +72,7 @@ class ReplyReader:
                 self.settings.model.top_k,
                 self.spec.num_experts,
             )
-        residents = layout.of_worker(worker)
+        residents = task.layout.of_worker(task.worker)
         vectors = {
             name: wire.vectors_in(
                 content,

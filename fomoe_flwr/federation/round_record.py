@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fomoe_flwr.aggregation.round_means import Reply
+from fomoe_flwr.federation.out_task import OutTask
 from fomoe_flwr.federation.wire import Traffic
 from fomoe_flwr.layout import Layout, Rehomed
 from fomoe_flwr.model.router_probe import RoutingCounts
@@ -32,6 +33,8 @@ class RoundRecord:
     """Workers that are away and hold nothing."""
     moved_experts: int = 0
     """(layer, worker, expert) residencies that the round before did not have."""
+    steps: Mapping[int, int] = field(default_factory=dict)
+    """The most steps that a worker's reply may report."""
     rehomed: Rehomed | None = None
     """How experts moved because workers left or came back."""
     started: float = field(default_factory=time.monotonic)
@@ -73,6 +76,10 @@ class RoundRecord:
     outer_seconds: float = 0.0
     epsilon: float | None = None
     """Privacy that the run has spent by the end of the round; None without noise."""
+
+    def task_of(self, worker: int, node: int) -> OutTask:
+        """Return a worker's task of this round."""
+        return OutTask(worker, node, self.server_round, self.layout, self.steps[worker])
 
     def take(self, worker: int, reply: Reply) -> None:
         """Note what a folded reply reports; its vectors are not kept."""
@@ -161,6 +168,9 @@ class RoundRecord:
             "round/train_seconds": self.train_seconds,
             "round/worker_seconds": {
                 str(worker): reply["seconds"] for worker, reply in sorted(self.replies.items())
+            },
+            "round/worker_tokens": {
+                str(worker): int(reply["tokens"]) for worker, reply in sorted(self.replies.items())
             },
             "round/slowest_worker_seconds": max(reply["seconds"] for reply in replies),
             # Sums over workers: of their local steps, and of the rest of their task.

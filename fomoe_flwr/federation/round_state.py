@@ -12,6 +12,7 @@ from torch import Tensor
 from fomoe_flwr.config import LayoutSettings, Settings
 from fomoe_flwr.costs import layout_context
 from fomoe_flwr.federation.attendance import Attendance
+from fomoe_flwr.federation.pace import speeds_of, steps_at
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.layout import LayoutContext
 
@@ -27,6 +28,8 @@ class RoundState:
     """Workers whose reply counted in the round before. Their disks hold the weights of then."""
     load: Tensor | None = None
     """[num_layers, num_experts] assignments of the round before, of all workers."""
+    speeds: dict[int, float] = field(default_factory=dict)
+    """Steps per second of every worker in its last reply."""
 
     @classmethod
     def at_start(cls, settings: Settings) -> RoundState:
@@ -35,13 +38,18 @@ class RoundState:
         attendance = Attendance(layout.num_workers, layout.rehome_after)
         return cls(layout_context(settings), attendance)
 
-    def note(self, settings: LayoutSettings, record: RoundRecord) -> None:
+    def steps_at(self, settings: Settings, worker: int) -> int:
+        """Return the steps that a round gives a worker of its own; 0 where all take the same."""
+        return steps_at(settings, worker, self.speeds) if settings.local.round_seconds else 0
+
+    def note(self, settings: Settings, record: RoundRecord) -> None:
         """Note what a round leaves behind; to be called after its outer step."""
+        self.speeds |= speeds_of(settings, record.replies)
         self.current = set(record.replies)
         self.attendance.note(record.server_round, record.played, record.sent, record.replies)
         self.load = record.load
         self.context = self.context.after(
-            settings, record.server_round, record.layout, record.load.tolist()
+            settings.layout, record.server_round, record.layout, record.load.tolist()
         )
 
     def pooled_share(self) -> list[list[float]] | None:
@@ -59,6 +67,7 @@ class RoundState:
             "load": None if self.load is None else self.load.tolist(),
             "layout_context": self.context.to_json(),
             "attendance": self.attendance.to_json(),
+            "speeds": {str(worker): speed for worker, speed in sorted(self.speeds.items())},
         }
 
     @classmethod
@@ -69,4 +78,5 @@ class RoundState:
         attendance = Attendance.from_json(
             data["attendance"], settings.num_workers, settings.rehome_after
         )
-        return cls(context, attendance, set(data["current_workers"]), load)
+        speeds = {int(worker): float(speed) for worker, speed in data.get("speeds", {}).items()}
+        return cls(context, attendance, set(data["current_workers"]), load, speeds)

@@ -37,12 +37,13 @@ from fomoe_flwr.federation.beside import Beside, one_ahead
 from fomoe_flwr.federation.intake import Intake
 from fomoe_flwr.federation.layouts import Layouts
 from fomoe_flwr.federation.node_grid import NodeGrid, PatientGrid, node_grid
+from fomoe_flwr.federation.out_task import OutTask
 from fomoe_flwr.federation.replies import ReplyReader
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.round_state import RoundState
 from fomoe_flwr.federation.seats import POLL_SECONDS, RunIdentity, Seats, push
 from fomoe_flwr.federation.tasks import TaskWriter
-from fomoe_flwr.federation.waiting import OutTask, Waiting
+from fomoe_flwr.federation.waiting import Waiting
 from fomoe_flwr.model.homes import MEMORY
 from fomoe_flwr.model.state import StateSpec
 from fomoe_flwr.worker.device import pick_device
@@ -316,12 +317,7 @@ class FoMoEStrategy(Strategy):
             sent |= push(grid, [task])
             del task
         worker_of = self.seats.worker_of_node
-        self._waiting.add(
-            {
-                i: OutTask(worker_of[node], node, record.server_round, record.layout)
-                for i, node in sent.items()
-            }
-        )
+        self._waiting.add({i: record.task_of(worker_of[node], node) for i, node in sent.items()})
         record.send_seconds += time.monotonic() - started
 
     def aggregate_train(
@@ -359,7 +355,7 @@ class FoMoEStrategy(Strategy):
             record.rejoined = set(record.replies) - self.round_state.current
         if self._ledger is not None:
             record.epsilon = self._ledger.spend()
-        self.round_state.note(self.settings.layout, record)
+        self.round_state.note(self.settings, record)
         self._closed = self._state()
         record.outer_seconds = time.monotonic() - started
 

@@ -38,6 +38,8 @@ class TaskHeader:
     """[windows][tokens] ids. The reply says which experts are chosen for them; may be empty."""
     continues: bool
     """Whether this worker's reply of the round before counted: it goes on from there."""
+    steps: int
+    """Steps to take; 0 means those that the settings give all workers."""
 
     def record(self) -> ConfigRecord:
         """Pack into a record."""
@@ -53,7 +55,7 @@ class TaskHeader:
             raise WireError(f"task header is malformed: {error}") from error
         for name in ("spec_digest", "tokenizer_digest", "run_key", "layout_digest"):
             _expect(name, isinstance(fields[name], str), "a string")
-        for name in ("worker", "server_round"):
+        for name in ("worker", "server_round", "steps"):
             _expect(name, is_count(fields[name]), "an integer >= 0")
         _expect("settings", isinstance(header.settings, dict), "an object")
         _expect("keep_rounds", are_counts(header.keep_rounds), "a list of integers >= 0")

@@ -91,6 +91,7 @@ class TaskWriter:
             ),
             probe=[] if self.probe is None else self.probe.tolist(),
             continues=server_round > 1 and worker in round_state.current,
+            steps=round_state.steps_at(self.settings, worker),
         )
         content = RecordDict({wire.TASK: header.record()})
         part = self.spec.fragment(fragment, self.settings.outer.fragments)

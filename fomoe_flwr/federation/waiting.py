@@ -13,9 +13,9 @@ from flwr.common.logger import log
 
 from fomoe_flwr.config import FederationSettings
 from fomoe_flwr.federation.node_grid import NodeGrid
+from fomoe_flwr.federation.out_task import OutTask
 from fomoe_flwr.federation.round_record import RoundRecord
 from fomoe_flwr.federation.seats import POLL_SECONDS
-from fomoe_flwr.layout import Layout
 
 _LATE_POLL_SECONDS = 1.0
 _SWEEP_SECONDS = 10.0
@@ -25,17 +25,6 @@ _ARRIVAL_SECONDS = 30.0
 """How long a reply that is announced may take once its node works on something else."""
 
 
-@dataclass(frozen=True)
-class OutTask:
-    """A task that was sent and not answered."""
-
-    worker: int
-    node: int
-    server_round: int
-    layout: Layout
-    """The layout of its round."""
-
-
 @dataclass
 class Waiting:
     """Tasks that are out: those of this round, and those of rounds that closed without them."""
@@ -43,8 +32,8 @@ class Waiting:
     limits: FederationSettings
     uses_late: bool = False
     """Whether replies to tasks of closed rounds are handed on, not dropped."""
-    sent: dict[str, int] = field(default_factory=dict)
-    """Message id -> worker, of this round."""
+    sent: dict[str, OutTask] = field(default_factory=dict)
+    """Message id -> task of this round."""
     _out: dict[str, OutTask] = field(default_factory=dict)
     """Message id -> task of this round, in worker order, until its reply is there."""
     _late: dict[str, OutTask] = field(default_factory=dict)
@@ -71,7 +60,7 @@ class Waiting:
     def add(self, tasks: Mapping[str, OutTask]) -> None:
         """Take tasks of this round."""
         self._out |= dict(sorted(tasks.items(), key=lambda item: item[1].worker))
-        self.sent |= {message_id: task.worker for message_id, task in tasks.items()}
+        self.sent |= tasks
 
     def replies(
         self, grid: NodeGrid, record: RoundRecord, deadline: float, meet: Callable[[], None]

@@ -71,6 +71,8 @@ def take_delayed_steps(
     snapshot, ahead = (state_file(folder, server_round, kind) for kind in (INNER, AHEAD))
     if has_taken(ahead):
         return _REPORTS[ahead]
+    if not settings.outer.delay_steps:
+        return None
     try:
         with STATES.open(snapshot) as stored:
             residents, meta = residents_in(stored), stored.metadata() or {}

@@ -12,7 +12,7 @@ from fomoe_flwr.config import LocalSettings
 from fomoe_flwr.parameters.completep import Multipliers, multipliers
 
 
-def learning_rate(settings: LocalSettings, step: int, total_steps: int) -> float:
+def learning_rate(settings: LocalSettings, step: float, total_steps: int) -> float:
     """Return the rate of a step (from 0) of the whole run, over all rounds."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps

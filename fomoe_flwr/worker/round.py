@@ -75,6 +75,8 @@ class RoundTask:
     """[windows, tokens] ids for which the trained model's choices are wanted."""
     continues: bool = False
     """Whether this worker's reply of the round before counted."""
+    steps: int = 0
+    """Steps to take; 0 means those that the settings give all workers."""
 
     @property
     def carried(self) -> StateSpec:
@@ -95,7 +97,7 @@ class RoundTask:
     @property
     def num_steps(self) -> int:
         """Steps from there to what the worker returns."""
-        return snapshot_step(self.settings, self.server_round) - self.first_step
+        return self.steps or snapshot_step(self.settings, self.server_round) - self.first_step
 
     @property
     def merges(self) -> bool:
@@ -160,7 +162,8 @@ def run_round(
             trainer.adopt(current)
             del current
             _resume(task, trainer)
-            report = trainer.train(task.num_steps).after(before)
+            span = task.settings.local.steps if task.steps else task.num_steps
+            report = trainer.train(task.num_steps, span).after(before)
             choices = None if task.probe is None else trainer.choices(task.probe)
             _save(task, trainer, received)
             moments = _moments(task, trainer)

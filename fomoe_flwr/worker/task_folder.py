@@ -21,7 +21,9 @@ from fomoe_flwr.worker.error_feedback import Vectors
 from fomoe_flwr.worker.round import RoundResult, RoundTask
 from fomoe_flwr.worker.trainer import LocalReport
 
-_TASK_FIELDS = ("worker", "server_round", "residents", "keep_rounds", "fragment", "continues")
+_TASK_FIELDS = (
+    *("worker", "server_round", "residents", "keep_rounds", "fragment", "continues", "steps"),
+)
 _COUNTS = ("load", "ghosts", "all_ghost")
 
 

@@ -182,9 +182,11 @@ class LocalTrainer:
                 batch_size,
             )
 
-    def train(self, num_steps: int) -> LocalReport:
+    def train(self, num_steps: int, span: int | None = None) -> LocalReport:
         """Take optimizer steps and say what they did; all processes of the team say the same.
 
+        They stand for `span` steps of the schedule, so that workers that take more or fewer steps
+        in a round pass through the same rates.
         Raises TrainingError when the loss is no longer finite: a worker that diverged must not send
         its weights.
         """
@@ -194,8 +196,8 @@ class LocalTrainer:
         started = time.perf_counter()
         losses, norms, tokens, rate = [], [], 0, local.lr
         graph: GraphedPass | None = None
-        for _ in range(num_steps):
-            rate = self._set_rate()
+        for done in range(num_steps):
+            rate = self._set_rate(first_step + done * (span or num_steps) / num_steps)
             if graph is None:
                 self.optimizer.zero_grad(set_to_none=True)
             step_losses = torch.zeros(2, device=device)
@@ -232,10 +234,10 @@ class LocalTrainer:
             routing=self.probe.counts.over(team.sum),
         )
 
-    def _set_rate(self) -> float:
-        """Give the optimizer the rate of the next step, and return it."""
+    def _set_rate(self, step: float) -> float:
+        """Give the optimizer the rate of a step of the run, and return it."""
         local = self.settings.local
-        rate = learning_rate(local, self.step, self.settings.rounds * local.steps)
+        rate = learning_rate(local, step, self.settings.rounds * local.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
         return rate

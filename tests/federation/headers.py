@@ -19,4 +19,5 @@ HEADER = TaskHeader(
     pooled_share=[[0.5, 0.5]],
     probe=[[3, 1], [4, 1]],
     continues=True,
+    steps=0,
 )

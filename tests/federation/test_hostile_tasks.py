@@ -41,6 +41,7 @@ def task(**changes: Any) -> RecordDict:
         "pooled_share": None,
         "probe": [],
         "continues": False,
+        "steps": 0,
     }
     header = TaskHeader(**(fields | changes))
     sizes = (SPEC.shared_size, SPEC.experts_size(HELD))

@@ -43,7 +43,7 @@ def constant_steps(
         adopt(self, weights)
         note(worker_of(self), self.step, values(self))
 
-    def train(self: LocalTrainer, num_steps: int) -> LocalReport:
+    def train(self: LocalTrainer, num_steps: int, span: int = 0) -> LocalReport:
         for _ in range(num_steps):
             with torch.no_grad():
                 for parameter in self.model.parameters():
@@ -99,12 +99,12 @@ def test_every_step_is_taken_once_and_the_last_round_has_no_delay(
 ) -> None:
     inner, taken = LocalTrainer.train, dict[int, list[int]]()
 
-    def train(self: LocalTrainer, num_steps: int) -> LocalReport:
+    def train(self: LocalTrainer, num_steps: int, span: int = 0) -> LocalReport:
         assert isinstance(self.batches, Counting)
         steps = range(self.step, self.step + num_steps)
         assert self.batches.position == self.step
         taken.setdefault(self.batches.worker, []).extend(steps)
-        return inner(self, num_steps)
+        return inner(self, num_steps, span or None)
 
     monkeypatch.setattr(LocalTrainer, "train", train)
     federation = federate("outer=nesterov", "rounds=3", "local.steps=4", "outer.delay_steps=3")
