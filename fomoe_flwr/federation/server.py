@@ -216,6 +216,7 @@ class Server:
         row["server/peak_bytes"] = self.memory.take()
         seconds = phases.take()
         row["round/seconds"] = sum(seconds.values())
+        row["eval/seconds"] = seconds.get("eval", 0.0)
         row |= {f"round/{phase}_seconds": value for phase, value in seconds.items()}
         row["round/ended_unix_seconds"] = time.time()
         if settings.has_checkpoint(server_round):
@@ -224,6 +225,8 @@ class Server:
         phases.end("checkpoint")
         row["round/checkpoint_seconds"] = phases.take()["checkpoint"]
         row["round/seconds"] += row["round/checkpoint_seconds"]
+        spent = row["round/local_seconds"] / settings.layout.num_workers
+        row["round/utilisation"] = spent / max(row["round/seconds"], 1e-9)
         self.tracker.log(row)
         self._write_summary("running")
         self.heartbeat.note("train", min(server_round + 1, settings.rounds))
