@@ -25,7 +25,7 @@ def lasting(run: RunDirectory) -> list[dict[str, Any]]:
             k: v
             for k, v in row.items()
             if "seconds" not in k
-            and k != "train/tokens_per_second"
+            and k not in ("train/tokens_per_second", "round/utilisation")
             and "overhead" not in k
             and not k.startswith("server/")
         }

@@ -162,8 +162,9 @@ def run_round(
             trainer.adopt(current)
             del current
             _resume(task, trainer)
-            span = task.settings.local.steps if task.steps else task.num_steps
-            report = trainer.train(task.num_steps, span).after(before)
+            # A worker of its own pace passes through the schedule as the others do.
+            span = (task.settings.local.steps,) if task.steps else ()
+            report = trainer.train(task.num_steps, *span).after(before)
             choices = None if task.probe is None else trainer.choices(task.probe)
             _save(task, trainer, received)
             moments = _moments(task, trainer)

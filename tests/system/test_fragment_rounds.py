@@ -152,8 +152,8 @@ def test_with_fragments_a_worker_goes_on_from_its_own_weights_elsewhere(
             now[0] = 0
         return received, current
 
-    def note_end(trainer: LocalTrainer, steps: int, span: int) -> LocalReport:
-        report = train(trainer, steps, span)
+    def note_end(trainer: LocalTrainer, steps: int) -> LocalReport:
+        report = train(trainer, steps)
         if now[0]:
             parameters = trainer.model.named_parameters()
             seen["end", now[0]] = {key: value.detach().clone() for key, value in parameters}
