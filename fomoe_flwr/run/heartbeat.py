@@ -55,9 +55,13 @@ class Heartbeat:
             raise BusyRunError(
                 f"another process writes to {self.path.parent}: end it before you resume the run"
             ) from None
-        for name in ("*.json*", "config.yaml"):  # Written by this process alone.
-            remove_drafts(self.path.parent, name)
-        self._write()
+        try:
+            for name in ("*.json*", "config.yaml"):  # Written by this process alone.
+                remove_drafts(self.path.parent, name)
+            self._write()
+        except BaseException:
+            self._hold.close()  # Without it the hold would last as long as the error is kept.
+            raise
         self._thread.start()
         return self
 
