@@ -29,13 +29,14 @@ from fomoe_flwr.report.environment import environment
 from fomoe_flwr.run.directory import RunDirectory
 
 INT4 = ("wire.up=int4", "wire.down=int8")
+DELAYED = ("outer.delay_steps={delay}", "outer.merge_alpha=0.5")
 METHODS = {
     "plain": (),
     "int4": INT4,
     "fragments": ("outer.fragments=4",),
-    "delayed": ("outer.delay_steps={delay}",),
-    "delayed int4": ("outer.delay_steps={delay}", *INT4),
-    "delayed fragments int4": ("outer.delay_steps={delay}", "outer.fragments=4", *INT4),
+    "delayed": DELAYED,
+    "delayed int4": (*DELAYED, *INT4),
+    "delayed fragments int4": (*DELAYED, "outer.fragments=4", *INT4),
 }
 
 
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--delay", type=int, default=0, help="steps; default: a quarter of --steps")
     parser.add_argument("--method", choices=METHODS, action="append")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
@@ -149,6 +151,7 @@ def main() -> None:
         "overrides": options.overrides,
         "methods": {},
     }
+    delay = options.delay or options.steps // 4
     common = [
         *(f"preset={options.preset}", f"rounds={options.rounds}", f"local.steps={options.steps}"),
         *("layout.num_workers=2", "layout.overlap=1", "local.threads=1", "tracker=none"),
@@ -160,7 +163,7 @@ def main() -> None:
         sites.up()
         try:
             for name in options.method or METHODS:
-                words = [word.format(delay=options.steps - 1) for word in METHODS[name]]
+                words = [word.format(delay=delay) for word in METHODS[name]]
                 folder = Path(scratch) / name.replace(" ", "-")
                 found["methods"][name] = measure(sites, [*common, *words], folder)
                 print(name, found["methods"][name], flush=True)
