@@ -100,17 +100,21 @@ def _check_pace(settings: Settings) -> None:
 def _check_late(settings: Settings) -> None:
     """Refuse what a reply of an earlier round has no place in."""
     outer = settings.outer
-    for key, value, allowed in (
+    _require(
+        "outer.late_replies=use",
         ("outer.name", outer.name, ("average", "nesterov")),
         ("outer.fragments", outer.fragments, (1,)),
         ("outer.robust", outer.robust, ("none",)),
         ("privacy.clip_norm", settings.privacy.clip_norm, (0,)),
-    ):
+    )
+
+
+def _require(who: str, *needs: tuple[str, object, tuple[object, ...]], why: str = "") -> None:
+    """Refuse a value that is not one of those that a setting needs: key, value, allowed."""
+    for key, value, allowed in needs:
         if value not in allowed:
-            raise SettingsError(
-                f"outer.late_replies=use needs {key} to be {' or '.join(map(str, allowed))} "
-                f"(got {value})"
-            )
+            words = " or ".join(map(str, allowed))
+            raise SettingsError(f"{who} needs {key} to be {words} (got {value}){why}")
 
 
 def check_privacy(settings: Settings) -> None:
@@ -123,16 +127,13 @@ def check_privacy(settings: Settings) -> None:
         )
     if not privacy.clip_norm:
         return
-    for key, value, allowed in (
+    _require(
+        f"privacy.clip_norm={privacy.clip_norm}",
         ("outer.weighting", settings.outer.weighting, ("uniform",)),
         ("outer.name", settings.outer.name, ("average", "nesterov")),
         ("balance.form", settings.balance.form, ("local",)),
-    ):
-        if value not in allowed:
-            raise SettingsError(
-                f"privacy.clip_norm={privacy.clip_norm} needs {key} to be {' or '.join(allowed)} "
-                f"(got {value}): what it takes from workers is not clipped"
-            )
+        why=": what it takes from workers is not clipped",
+    )
     if settings.outer.robust != "none":
         raise SettingsError(
             f"outer.robust={settings.outer.robust} must be none with privacy.clip_norm="

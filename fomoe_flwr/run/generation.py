@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -11,6 +10,7 @@ from fomoe_flwr.config import Settings
 from fomoe_flwr.errors import one_line
 from fomoe_flwr.events import tell
 from fomoe_flwr.model.families import TOKEN_IDS
+from fomoe_flwr.model.stored import config_words
 
 FILE = "generation_config.json"
 
@@ -40,7 +40,7 @@ def kept_generation(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Generat
 
 
 def _of_folder(folder: Path) -> GenerationConfig:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config_words(folder)
     ids = {name: config.get(name) for name in TOKEN_IDS}
     if not (folder / FILE).is_file():
         return GenerationConfig(**ids)
